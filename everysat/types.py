@@ -1,0 +1,510 @@
+"""The values that flow through the toolkit, and the three classes that models and training are written against.
+
+Everything is a layer over a place: an input, a label, a prediction and an embedding are the same few carriers. One place is
+a batch of one. Observations of all places of a batch are stacked on one axis (``obs``) beside the index of their place
+(``row``), so that places may have different numbers of dates. Axis order is ``obs band y x`` everywhere; y counts from the
+north edge, x from the west edge.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from everysat.sensors import Sensor
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
+
+ALWAYS = (-math.inf, math.inf)
+"""``time_s`` of what has no date, such as elevation."""
+
+
+class ContractError(ValueError):
+    """Data do not fit what a model was trained on. The message says what came, what was expected, and how to go on."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rectangle on the ground: a ``geobox`` (CRS and affine grid) or, without georeference, just its size in metres."""
+
+    height_m: float
+    width_m: float
+    geobox: GeoBox | None = None
+    lonlat: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.height_m > 0 and self.width_m > 0):
+            raise ValueError(f"height_m={self.height_m} and width_m={self.width_m} must be positive (metres)")
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Observations of one sensor on one pixel grid, in physical units.
+
+    Attributes:
+        sensor: its bands, in the order of the band axis.
+        values: float [obs, band, y, x]; what stands where ``valid`` is false has no meaning and must have no effect.
+        valid: bool [obs, band, y, x].
+        time_s: float64 [obs, 2], start and end in seconds since 1970-01-01 UTC, end excluded; :data:`ALWAYS` when undated.
+        row: int64 [obs], index of the observed place in ``Batch.places``.
+        gsd_m: side of a pixel, metres.
+        var: variance of ``values``, same shape, when known.
+    """
+
+    sensor: Sensor
+    values: Tensor
+    valid: Tensor
+    time_s: Tensor
+    row: Tensor
+    gsd_m: float
+    var: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 4:
+            raise ValueError(f"values has shape {tuple(self.values.shape)}, expected [obs, band, y, x]")
+        obs, band = self.values.shape[:2]
+        expected: dict[str, tuple[int, ...]] = {"valid": tuple(self.values.shape), "time_s": (obs, 2), "row": (obs,)}
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape}")
+        if band != len(self.sensor.bands):
+            raise ValueError(
+                f"values has {band} bands, sensor {self.sensor.name} lists {len(self.sensor.bands)}: {', '.join(self.sensor.names)}"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        sensor: Sensor,
+        values: Tensor,
+        gsd_m: float,
+        *,
+        valid: Tensor | None = None,
+        time_s: Tensor | Sequence[tuple[float, float]] | None = None,
+    ) -> Raster:
+        """A raster of one place from ``values`` [obs, band, y, x]; all valid and undated unless told. NaN is invalid."""
+        seen = torch.isfinite(values) if valid is None else valid & torch.isfinite(values)
+        obs = values.shape[0]
+        times = (
+            torch.tensor([ALWAYS] * obs, dtype=torch.float64)
+            if time_s is None
+            else torch.as_tensor(time_s, dtype=torch.float64)
+        )
+        return cls(
+            sensor, values.nan_to_num(0.0), seen, times.reshape(obs, 2), torch.zeros(obs, dtype=torch.int64), gsd_m
+        )
+
+    def select(self, bands: Iterable[str]) -> Raster:
+        """The named bands alone, in this order."""
+        chosen = self.sensor.select(bands)
+        order = [self.sensor.names.index(name) for name in chosen.names]
+        var = None if self.var is None else self.var[:, order]
+        return replace(self, sensor=chosen, values=self.values[:, order], valid=self.valid[:, order], var=var)
+
+    def obs(self, keep: Tensor) -> Raster:
+        """The observations that ``keep`` picks (a bool mask or indices), rows unchanged."""
+        var = None if self.var is None else self.var[keep]
+        return replace(
+            self,
+            values=self.values[keep],
+            valid=self.valid[keep],
+            time_s=self.time_s[keep],
+            row=self.row[keep],
+            var=var,
+        )
+
+    def to(self, device: torch.device | str) -> Raster:
+        var = None if self.var is None else self.var.to(device)
+        moved = {name: getattr(self, name).to(device) for name in ("values", "valid", "time_s", "row")}
+        return replace(self, **moved, var=var)
+
+    def _padded(self, height: int, width: int) -> Raster:
+        """Grown to height x width pixels at the south and east; what is added is invalid."""
+        missing = (0, width - self.values.shape[3], 0, height - self.values.shape[2])
+        if not any(missing):
+            return self
+        grown = {
+            n: nn.functional.pad(getattr(self, n), missing)
+            for n in ("values", "valid", "var")
+            if getattr(self, n) is not None
+        }
+        return replace(self, **grown)
+
+    @staticmethod
+    def _cat(parts: Sequence[Raster], rows: Sequence[int]) -> Raster:
+        """Parts stacked on the obs axis; ``rows`` is what each part's row index is shifted by."""
+        first = parts[0]
+        for part in parts[1:]:
+            if part.sensor.names != first.sensor.names or part.sensor.name != first.sensor.name:
+                raise ValueError(
+                    f"a layer mixes {part.sensor.name} ({', '.join(part.sensor.names)}) and {first.sensor.name} "
+                    f"({', '.join(first.sensor.names)}); select the same bands in the same order first"
+                )
+            if not math.isclose(part.gsd_m, first.gsd_m, rel_tol=1e-6):
+                raise ValueError(f"a layer mixes gsd_m {part.gsd_m} and {first.gsd_m}; resample, or use two layers")
+        height, width = (max(part.values.shape[axis] for part in parts) for axis in (2, 3))
+        grown = [part._padded(height, width) for part in parts]
+        has_var = all(part.var is not None for part in parts)
+        return Raster(
+            first.sensor,
+            torch.cat([p.values for p in grown]),
+            torch.cat([p.valid for p in grown]),
+            torch.cat([p.time_s for p in grown]),
+            torch.cat([p.row + shift for p, shift in zip(grown, rows, strict=True)]),
+            first.gsd_m,
+            torch.cat([p.var for p in grown if p.var is not None]) if has_var else None,
+        )
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Geometries (shapely, in metres from the place's north-west corner: x east, y south) with attributes and dates."""
+
+    geometry: tuple[Any, ...]
+    attributes: tuple[Mapping[str, Any], ...]
+    time_s: Tensor
+    row: Tensor
+
+    def obs(self, keep: Tensor) -> Vector:
+        index = torch.arange(len(self.geometry), device=keep.device)[keep].tolist()
+        picked = tuple(self.geometry[i] for i in index), tuple(self.attributes[i] for i in index)
+        return Vector(*picked, self.time_s[keep], self.row[keep])
+
+    def to(self, device: torch.device | str) -> Vector:
+        return replace(self, time_s=self.time_s.to(device), row=self.row.to(device))
+
+    @staticmethod
+    def _cat(parts: Sequence[Vector], rows: Sequence[int]) -> Vector:
+        return Vector(
+            tuple(g for p in parts for g in p.geometry),
+            tuple(a for p in parts for a in p.attributes),
+            torch.cat([p.time_s for p in parts]),
+            torch.cat([p.row + shift for p, shift in zip(parts, rows, strict=True)]),
+        )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Strings about places; ``role`` says what each is (caption, question, ...)."""
+
+    strings: tuple[str, ...]
+    role: tuple[str, ...]
+    row: Tensor
+
+    def obs(self, keep: Tensor) -> Text:
+        index = torch.arange(len(self.strings), device=keep.device)[keep].tolist()
+        return Text(tuple(self.strings[i] for i in index), tuple(self.role[i] for i in index), self.row[keep])
+
+    def to(self, device: torch.device | str) -> Text:
+        return replace(self, row=self.row.to(device))
+
+    @staticmethod
+    def _cat(parts: Sequence[Text], rows: Sequence[int]) -> Text:
+        return Text(
+            tuple(s for p in parts for s in p.strings),
+            tuple(r for p in parts for r in p.role),
+            torch.cat([p.row + shift for p, shift in zip(parts, rows, strict=True)]),
+        )
+
+
+Layer = Raster | Vector | Text
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Places and what is known of them, by layer name. A place without observations in a layer just has no row there."""
+
+    places: tuple[Place, ...]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @staticmethod
+    def cat(batches: Iterable[Batch]) -> Batch:
+        """Batches one after another: the collate function. Nothing is padded on the obs axis."""
+        batches = list(batches)
+        starts = [sum(len(b) for b in batches[:i]) for i in range(len(batches))]
+        layers: dict[str, Layer] = {}
+        for name in dict.fromkeys(name for b in batches for name in b.layers):
+            pairs = [(b.layers[name], start) for b, start in zip(batches, starts, strict=True) if name in b.layers]
+            kinds = {type(layer) for layer, _ in pairs}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"layer {name!r} is of different kinds: {', '.join(sorted(k.__name__ for k in kinds))}"
+                )
+            layers[name] = kinds.pop()._cat([layer for layer, _ in pairs], [start for _, start in pairs])  # type: ignore[misc]
+        return Batch(tuple(place for b in batches for place in b.places), layers)
+
+    def __getitem__(self, index: int) -> Batch:
+        """The place at ``index`` as a batch of one; layers that do not observe it are left out."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside a batch of {len(self)} places")
+        index %= len(self)
+        layers: dict[str, Layer] = {}
+        for name, layer in self.layers.items():
+            mine = layer.row == index
+            if mine.any():
+                part = layer.obs(mine)
+                layers[name] = replace(part, row=torch.zeros_like(part.row))
+        return Batch((self.places[index],), layers)
+
+    def only(self, *names: str) -> Batch:
+        """The named layers alone."""
+        return replace(self, layers={name: layer for name, layer in self.layers.items() if name in names})
+
+    def without(self, *names: str) -> Batch:
+        """All layers but the named ones."""
+        return replace(self, layers={name: layer for name, layer in self.layers.items() if name not in names})
+
+    def adding(self, **layers: Layer) -> Batch:
+        """With these layers added or replaced (a dash in a layer's name is fine through ``**{"s1-asc": raster}``)."""
+        return replace(self, layers={**self.layers, **layers})
+
+    def raster(self, name: str) -> Raster:
+        """The raster layer of that name, or an error that lists the layers there are."""
+        layer = self.layers.get(name)
+        if not isinstance(layer, Raster):
+            raise LookupError(f"the batch has no raster layer {name!r}; it has {', '.join(self.layers) or 'no layers'}")
+        return layer
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(self, layers={name: layer.to(device) for name, layer in self.layers.items()})
+
+    @property
+    def width_m(self) -> float:
+        """Width of the widest place, metres."""
+        return max(place.width_m for place in self.places)
+
+    @property
+    def height_m(self) -> float:
+        """Height of the highest place, metres."""
+        return max(place.height_m for place in self.places)
+
+
+@dataclass(frozen=True)
+class Coords:
+    """Where, when and how large each token is.
+
+    ``row`` int64 [token]; ``at_m`` float [token, 2], its centre, metres south and east of the place's north-west corner;
+    ``size_m`` float [token], side; ``time_s`` float64 [token, 2]; ``group`` int64 [token], index into ``Tokens.groups``.
+    """
+
+    row: Tensor
+    at_m: Tensor
+    size_m: Tensor
+    time_s: Tensor
+    group: Tensor
+
+    def __getitem__(self, keep: Tensor) -> Coords:
+        return Coords(self.row[keep], self.at_m[keep], self.size_m[keep], self.time_s[keep], self.group[keep])
+
+    def __len__(self) -> int:
+        return self.row.shape[0]
+
+    @staticmethod
+    def cat(parts: Sequence[Coords]) -> Coords:
+        names = ("row", "at_m", "size_m", "time_s", "group")
+        return Coords(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+
+    def cells(self) -> Tensor:
+        """Row and column of each token on the grid of its own size, int64 [token, 2]."""
+        return torch.floor(self.at_m / self.size_m[:, None] + 1e-4).long()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Vectors ``x`` [token, dim] with coordinates. Masking is indexing: ``tokens[keep]``.
+
+    ``memo`` holds side products of tokenization that a decoder asks for, such as pooling indices.
+    """
+
+    x: Tensor
+    coords: Coords
+    groups: tuple[str, ...]
+    places: tuple[Place, ...]
+    memo: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, keep: Tensor) -> Tokens:
+        return replace(self, x=self.x[keep], coords=self.coords[keep])
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder says: ``mean`` [token, dim] per token at ``coords``, its variance ``var`` if the encoder is
+    probabilistic, and ``summary`` [row, dim] per place. A dense output is just features at finer coords."""
+
+    mean: Tensor
+    coords: Coords
+    summary: Tensor
+    places: tuple[Place, ...]
+    var: Tensor | None = None
+
+    def grid(self) -> Tensor:
+        """Token features as images, [row, dim, y, x] in north-up raster order; NaN where there is no token.
+
+        Raises:
+            ValueError: tokens of different sizes, which do not form one grid.
+        """
+        if len(self.coords) == 0:
+            raise ValueError("there are no tokens to make a grid of: no input layer was observed in any place")
+        if not torch.allclose(self.coords.size_m, self.coords.size_m[:1]):
+            raise ValueError("tokens have different sizes and form no single grid; select those of one size first")
+        cells = self.coords.cells()
+        size_m = float(self.coords.size_m[0])
+        height, width = (
+            max(int(cells[:, axis].max()) + 1, *(math.ceil(extent / size_m - 1e-4) for extent in extents))
+            for axis, extents in enumerate(([p.height_m for p in self.places], [p.width_m for p in self.places]))
+        )
+        image = self.mean.new_full((len(self.places), height, width, self.mean.shape[1]), math.nan)
+        image[self.coords.row, cells[:, 0], cells[:, 1]] = self.mean
+        return image.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One layer that an encoder takes: its band contract.
+
+    ``sensor`` lists the bands in the order the model expects; ``mean`` and ``std`` are per band, in the band's unit;
+    ``dated`` is true for series, whose observations need a time.
+    """
+
+    sensor: Sensor
+    gsd_m: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dated: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != len(self.sensor.bands):
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {len(self.sensor.bands)} bands")
+        if min(self.std, default=1.0) <= 0:
+            raise ValueError(f"std={self.std} must be positive")
+
+    def fit(self, raster: Raster, name: str) -> Raster:
+        """``raster`` with the contract's bands in the contract's order, or a :class:`ContractError` that says what to do."""
+        missing = [band for band in self.sensor.names if band not in raster.sensor]
+        if missing:
+            raise ContractError(
+                f"layer {name!r} ({raster.sensor.name}: {', '.join(raster.sensor.names)}) lacks {', '.join(missing)}; the model "
+                f"expects {', '.join(self.sensor.names)}. Read these bands too, or leave the layer out with batch.without({name!r})"
+            )
+        for band in self.sensor.bands:
+            unit = raster.sensor[band.name].unit
+            if unit != band.unit:
+                raise ContractError(
+                    f"layer {name!r} band {band.name} is in {unit}, the model expects {band.unit}; "
+                    "read it with the sensor table that fits the file, or convert the values"
+                )
+        if not math.isclose(raster.gsd_m, self.gsd_m, rel_tol=1e-3):
+            raise ContractError(
+                f"layer {name!r} has gsd_m={raster.gsd_m:g}, the model expects {self.gsd_m:g}; read it with "
+                f"gsd_m={self.gsd_m:g} to resample it once"
+            )
+        if self.dated and not torch.isfinite(raster.time_s).all():
+            raise ContractError(
+                f"layer {name!r} is a series: every observation needs a date. Give times=... when reading"
+            )
+        if tuple(raster.sensor.names) == self.sensor.names:
+            return raster
+        return raster.select(raster.sensor[band].name for band in self.sensor.names)
+
+    def normalise(self, raster: Raster) -> Tensor:
+        """Values less mean, over std, [obs, band, y, x]; 0 where invalid, so that an invalid value has no effect."""
+        shape = (1, -1, 1, 1)
+        mean, std = (
+            torch.tensor(v, dtype=raster.values.dtype, device=raster.values.device).view(shape)
+            for v in (self.mean, self.std)
+        )
+        return torch.where(raster.valid, (raster.values - mean) / std, 0.0)
+
+
+class Encoder(nn.Module, ABC):
+    """From layers to features. ``inputs`` is the band contract by layer name, ``dim`` the width of the features.
+
+    ``config`` is a JSON-able dict from which ``from_config(config)`` of the model's module, named by ``family``, rebuilds the
+    encoder without its weights.
+    """
+
+    family: str
+    inputs: dict[str, Input]
+    dim: int
+    config: dict[str, Any]
+
+    @abstractmethod
+    def tokenize(self, batch: Batch) -> Tokens:
+        """Tokens of every layer that is both in the batch and in the contract; layers it does not know are ignored."""
+
+    @abstractmethod
+    def forward(self, tokens: Tokens) -> Features:
+        """Features from tokens, of all places of ``tokens.places``, also of those that have no token."""
+
+    def embed(self, batch: Batch | Raster, **options: Any) -> Features:
+        """Features of a batch (or of one raster, whose layer is found by its sensor) without gradients, in eval mode."""
+        if isinstance(batch, Raster):
+            batch = Batch((_extent(batch),), {self.layer_for(batch): batch})
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                return self(self.tokenize(batch.to(next(self.parameters()).device)), **options)
+        finally:
+            self.train(was_training)
+
+    def layer_for(self, raster: Raster) -> str:
+        """Name of the input that takes this raster: same sensor and resolution, all bands there."""
+        for name, wanted in self.inputs.items():
+            bands_there = all(band in raster.sensor for band in wanted.sensor.names)
+            if (
+                wanted.sensor.name == raster.sensor.name
+                and bands_there
+                and math.isclose(wanted.gsd_m, raster.gsd_m, rel_tol=1e-3)
+            ):
+                return name
+        wanted_inputs = "; ".join(
+            f"{n}: {i.sensor.name} {i.gsd_m:g} m ({', '.join(i.sensor.names)})" for n, i in self.inputs.items()
+        )
+        raise ContractError(
+            f"no input of the model takes {raster.sensor.name} at {raster.gsd_m:g} m ({', '.join(raster.sensor.names)}). It takes {wanted_inputs}"
+        )
+
+
+def _extent(raster: Raster) -> Place:
+    return Place(raster.values.shape[2] * raster.gsd_m, raster.values.shape[3] * raster.gsd_m)
+
+
+class Objective(nn.Module, ABC):
+    """What training minimises. All randomness comes from ``generator``, which lives on the CPU."""
+
+    @abstractmethod
+    def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """``{"loss": scalar, ...}`` with the named terms that make it up, for the log."""
+
+    def after_step(self, encoder: Encoder, step: int, steps: int) -> None:
+        """Called after each optimiser step, for moving averages and the like."""
+
+
+class Task(Objective):
+    """An objective whose target is a layer of the batch, and that can predict that layer."""
+
+    target: str
+    config: dict[str, Any]
+
+    @abstractmethod
+    def predict(self, features: Features) -> Raster:
+        """The target layer as predicted from features: class probabilities or values per pixel or per place."""
+
+    @abstractmethod
+    def metrics(self) -> Mapping[str, Any]:
+        """Fresh torchmetrics objects by name; the caller resets or discards them."""
