@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from everysat.find import suggest
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 
 def labelled(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
