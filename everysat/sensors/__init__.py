@@ -34,6 +34,7 @@ UNITS = {
     "degree": "degrees of arc",
     "%": "per cent",
     "class": "a code, see the band's classes",
+    "probability": "0-1",
     "DN": "digital number without a physical calibration (colour images)",
 }
 
@@ -123,12 +124,13 @@ def load(path: str | Path) -> Sensor:
     with path.open("rb") as file:
         table = tomllib.load(file)
     try:
-        return _sensor(path.stem, table)
+        return from_table(path.stem, table)
     except (TypeError, ValueError, LookupError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _sensor(name: str, table: dict[str, Any]) -> Sensor:
+def from_table(name: str, table: Mapping[str, Any]) -> Sensor:
+    """A sensor from the content of a TOML table."""
     known = {"title", "kind", "source", "defaults", "bands", "baseline_offsets"}
     _refuse_unknown(table, known, "sensor")
     defaults = table.get("defaults", {})
