@@ -30,7 +30,7 @@ def on_grid(raster: Raster, rows: int, gsd_m: float, height: int, width: int) ->
     """Values and validity [row, band, height, width] at ``gsd_m``, both grids starting at the north-west corner.
 
     Finer: the pixel that holds the centre (a value is repeated, none is invented). Coarser: the mean of the valid pixels
-    whose centres lie inside. What lies beyond the raster is invalid.
+    whose centres lie inside. What lies beyond the raster is invalid. Values are 0 where invalid.
     """
     values, valid = mean_over_dates(raster, rows)
     ratio = gsd_m / raster.gsd_m
@@ -44,7 +44,8 @@ def _nearest(values: Tensor, valid: Tensor, ratio: float, height: int, width: in
     y, x = (((torch.arange(n, device=values.device) + 0.5) * ratio).floor().long() for n in (height, width))
     inside = (y < values.shape[2])[:, None] & (x < values.shape[3])
     y, x = y.clamp(max=values.shape[2] - 1), x.clamp(max=values.shape[3] - 1)
-    return values[:, :, y][..., x], valid[:, :, y][..., x] & inside
+    seen = valid[:, :, y][..., x] & inside
+    return torch.where(seen, values[:, :, y][..., x], 0.0), seen
 
 
 def _coarser(values: Tensor, valid: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,3 @@ def _binned(values: Tensor, valid: Tensor, ratio: float) -> tuple[Tensor, Tensor
     total = values.new_zeros(flat).index_add_(2, cell, (values * seen).flatten(2))
     count = values.new_zeros(flat).index_add_(2, cell, seen.flatten(2))
     return (total / count.clamp(min=1)).view(shape), (count > 0).view(shape)
-
-
-def zeros_where_unseen(values: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, values, 0.0)

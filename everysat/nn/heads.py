@@ -9,10 +9,47 @@ import torch
 from torch import Tensor, nn
 
 from everysat.find import suggest
-from everysat.nn.grid import on_grid, zeros_where_unseen
-from everysat.types import Batch, Encoder, Features
+from everysat.nn.grid import on_grid
+from everysat.sensors import Sensor
+from everysat.types import ALWAYS, Batch, Encoder, Features, Raster
 
 HEADS = ("linear", "norm", "mlp")
+LEVELS = ("place", "pixel")
+
+
+def build_head(
+    level: str,
+    kind: str,
+    encoder: Encoder,
+    out: int,
+    *,
+    gsd_m: float | None,
+    token_size_m: float | None,
+    local: Sequence[str] = (),
+) -> PlaceHead | PixelHead:
+    """A head for one value set per ``place`` or per ``pixel``; the latter needs ``gsd_m`` and ``token_size_m``."""
+    if level == "pixel":
+        if gsd_m is None or token_size_m is None:
+            raise ValueError(
+                "level 'pixel' needs gsd_m (pixel of the target) and token_size_m (side of the tokens), metres"
+            )
+        return PixelHead(kind, encoder, out, token_size_m=token_size_m, gsd_m=gsd_m, local=local)
+    if level != "place":
+        raise LookupError(f"no level is called {level!r}. {suggest(level, LEVELS)}")
+    if local:
+        raise ValueError(f"local={list(local)} is read by level 'pixel' only")
+    return PlaceHead(kind, encoder.dim, out)
+
+
+def aligned(values: Tensor, seen: Tensor, target: Raster) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What was predicted for each observation of ``target``, on the pixels that both have.
+
+    Returns:
+        values [obs, channel, y, x], seen [obs, y, x], and the target's values and validity [obs, band, y, x].
+    """
+    height, width = (min(values.shape[axis], target.values.shape[axis]) for axis in (2, 3))
+    inside = (..., slice(height), slice(width))
+    return values[target.row][inside], seen[target.row][inside], target.values[inside], target.valid[inside]
 
 
 def head(kind: str, dim: int, out: int) -> nn.Module:
@@ -38,6 +75,11 @@ class PlaceHead(nn.Module):
         seen = torch.zeros(len(features.places), dtype=torch.bool, device=features.summary.device)
         seen[features.coords.row] = True
         return self.head(features.summary)[:, :, None, None], seen[:, None, None]
+
+    def raster(self, sensor: Sensor, values: Tensor, seen: Tensor, features: Features) -> Raster:
+        """The head's output as a layer of one pixel per place."""
+        size_m = max(max(p.height_m, p.width_m) for p in features.places)
+        return _undated(sensor, values, seen, size_m)
 
 
 class PixelHead(nn.Module):
@@ -90,6 +132,10 @@ class PixelHead(nn.Module):
             values = values + self._local(batch, values.shape[2], values.shape[3])
         return values, seen
 
+    def raster(self, sensor: Sensor, values: Tensor, seen: Tensor, features: Features) -> Raster:
+        """The head's output as a layer."""
+        return _undated(sensor, values, seen, self.gsd_m)
+
     def _local(self, batch: Batch | None, height: int, width: int) -> Tensor:
         if batch is None:
             raise ValueError(f"the head reads pixels of {', '.join(self.inputs)}: give predict() the batch too")
@@ -98,5 +144,11 @@ class PixelHead(nn.Module):
         for name, wanted in self.inputs.items():
             raster = wanted.fit(batch.raster(name), name)
             normal = replace(raster, values=wanted.normalise(raster), var=None)
-            parts.append(zeros_where_unseen(*on_grid(normal, len(batch), self.gsd_m, height, width)))
+            parts.append(on_grid(normal, len(batch), self.gsd_m, height, width)[0])
         return self.local(torch.cat(parts, 1).movedim(1, -1)).movedim(-1, 1)
+
+
+def _undated(sensor: Sensor, values: Tensor, seen: Tensor, gsd_m: float) -> Raster:
+    rows = torch.arange(len(values), device=values.device)
+    times = torch.tensor([ALWAYS] * len(values), dtype=torch.float64, device=values.device)
+    return Raster(sensor, values, seen[:, None].expand_as(values), times, rows, gsd_m)

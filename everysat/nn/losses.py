@@ -58,7 +58,9 @@ def cross_entropy_dice(
     logits: Tensor, target: Tensor, *, weight: Tensor | None = None, smoothing: float = 0.0, share: float = 0.5
 ) -> Tensor:
     """``(1 - share)`` cross-entropy + ``share`` Dice."""
-    return (1 - share) * cross_entropy(logits, target, weight=weight, smoothing=smoothing) + share * dice(logits, target)
+    return (1 - share) * cross_entropy(logits, target, weight=weight, smoothing=smoothing) + share * dice(
+        logits, target
+    )
 
 
 def binary_cross_entropy(
