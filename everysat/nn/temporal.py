@@ -46,7 +46,7 @@ class Ltae(nn.Module):
         self.query = nn.Parameter(torch.randn(heads, key_dim) * math.sqrt(2 / key_dim))
         self.key = nn.Linear(dim, heads * key_dim)
         nn.init.normal_(self.key.weight, std=math.sqrt(2 / key_dim))
-        self.out = _mlp(dim, out_widths, 0.0)
+        self.out = _mlp(dim, out_widths, None)
         self.out_dropout, self.out_norm = nn.Dropout(dropout), nn.GroupNorm(heads, out_widths[-1])
 
     def forward(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -115,9 +115,10 @@ def _norm_over_dates(norm: nn.GroupNorm, values: Tensor, keep: Tensor | None) ->
     return ((groups - mean) / (variance + norm.eps).sqrt()).flatten(2) * norm.weight + norm.bias
 
 
-def _mlp(inputs: int, widths: Sequence[int], dropout: float) -> nn.Sequential:
-    """[Linear, BatchNorm, ReLU, Dropout] for each width; BatchNorm runs over observations of all series and dates."""
+def _mlp(inputs: int, widths: Sequence[int], dropout: float | None) -> nn.Sequential:
+    """[Linear, BatchNorm, ReLU, Dropout unless None] for each width; BatchNorm runs over observations of all series and dates."""
     layers: list[nn.Module] = []
     for before, after in zip([inputs, *widths[:-1]], widths, strict=True):
-        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()]
+        layers += [] if dropout is None else [nn.Dropout(dropout)]
     return nn.Sequential(*layers)
