@@ -21,10 +21,10 @@ from torch import Tensor
 
 from everysat import sensors
 from everysat.models import omnisat
+from everysat.nn.attention import RelativeTable
+from everysat.nn.position import Grid
 from everysat.objectives import omnisat as pretraining
 from everysat.objectives.contrastive import mil_nce
-from everysat.nn.attention import RelativeTable, _relative_mask
-from everysat.nn.position import Grid
 from everysat.types import Batch, Place, Raster
 
 FOLDER = Path(os.environ.get("EVERYSAT_GOLDEN", Path(__file__).parent / "golden"))
@@ -112,7 +112,13 @@ def linear_layers(weights: dict[str, Tensor], prefix: str) -> list[tuple[int, Te
 
 def user_sensor(name: str, channels: int, gsd_m: float) -> dict[str, Any]:
     bands = [{"name": f"b{i}"} for i in range(channels)]
-    return {"name": name, "kind": "optical", "source": "fixture", "defaults": {"gsd_m": gsd_m, "unit": "DN"}, "bands": bands}
+    return {
+        "name": name,
+        "kind": "optical",
+        "source": "fixture",
+        "defaults": {"gsd_m": gsd_m, "unit": "DN"},
+        "bands": bands,
+    }
 
 
 def omnisat_batch(fixture: Fixture, config: dict[str, Any]) -> Batch:
@@ -185,7 +191,10 @@ def check_omnisat_pretrain(fixture: Fixture) -> None:
     check_omnisat_tokens(fixture, tokens, "out.")
     count, groups = len(tokens.places), len(tokens.groups)
     noise = fixture.io["in.mask_noise"].view(count, groups, -1)
-    assert torch.equal(pretraining.hide(tokens, noise, 0.75).view(groups, count, -1).transpose(0, 1).flatten(1).float(), fixture.io["out.mask"])
+    assert torch.equal(
+        pretraining.hide(tokens, noise, 0.75).view(groups, count, -1).transpose(0, 1).flatten(1).float(),
+        fixture.io["out.mask"],
+    )
     terms = objective.terms(model, tokens, noise)
     for name, expected in fixture.group("out.loss.").items():
         ours = {"loss": "loss", "contrastive_loss": "contrastive"}.get(name, name.removesuffix("_loss"))

@@ -333,6 +333,13 @@ _SPOT = {"sensor": "spot-6-7", "bands": ("R", "G", "B"), "gsd_m": 1.0, "projecto
 _PASTIS_DAYS = {"period_days": 734.0, "origin": "2018-09-01"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "grid": 4,
+        "dim": 32,
+        "depth": 2,
+        "heads": 4,
+        "modalities": {"spot": _SPOT, "s2": _s2(), "s1": _s1(), "s2-mono": _s2(projector="mono")},
+    },
     "treesat": {"grid": 6, "modalities": {"aerial": _AERIAL, "s2": _s2(), "s1-asc": _s1()}},
     "treesat-mono": {
         "grid": 6,
@@ -366,11 +373,16 @@ def from_config(config: Mapping[str, Any]) -> OmniSat:
     return OmniSat(Config.model_validate(dict(config)))
 
 
+DROPPED = {r"\.attention_heads\.fc1_k\.bias$": "cancels in the softmax over dates"}
+"""Keys of published weights that have no counterpart here, by pattern, and why."""
+
+
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights of the published code's ``OmniModule`` under the names used here; ``config`` gives the number of blocks, behind
     which the cross block stands."""
     depth = Config.model_validate(dict(config)).depth
-    return {_rename(key, depth): value for key, value in state.items()}
+    kept = (key for key in state if not any(re.search(pattern, key) for pattern in DROPPED))
+    return {_rename(key, depth): state[key] for key in kept}
 
 
 def _rename(key: str, depth: int) -> str:

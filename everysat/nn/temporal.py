@@ -44,7 +44,7 @@ class Ltae(nn.Module):
         self.observation = _mlp(inputs, widths, dropout)
         self.in_norm = nn.GroupNorm(heads, dim) if normalise else None
         self.query = nn.Parameter(torch.randn(heads, key_dim) * math.sqrt(2 / key_dim))
-        self.key = nn.Linear(dim, heads * key_dim)
+        self.key = nn.Linear(dim, heads * key_dim, bias=False)  # a bias would cancel in the softmax over dates
         nn.init.normal_(self.key.weight, std=math.sqrt(2 / key_dim))
         self.out = _mlp(dim, out_widths, None)
         self.out_dropout, self.out_norm = nn.Dropout(dropout), nn.GroupNorm(heads, out_widths[-1])
@@ -83,7 +83,7 @@ class Ltae(nn.Module):
         return repeat(code, "u d -> u (h d)", h=self.heads)[where]
 
     def _attention(self, values: Tensor, keep: Tensor | None) -> Tensor:
-        """Weights [n, head, t]. The queries are folded into the keys, whose bias cancels in the softmax."""
+        """Weights [n, head, t]. The queries are folded into the keys: one product per head instead of ``key_dim``."""
         folded = torch.einsum("hk,hkd->hd", self.query, self.key.weight.view(self.heads, self.key_dim, -1))
         logits = F.linear(values, folded / math.sqrt(self.key_dim)).transpose(1, 2)
         if keep is not None:

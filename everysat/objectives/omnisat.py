@@ -202,9 +202,12 @@ def build(variant: str = "", *, encoder: Encoder, **options: Any) -> OmniSatPret
     return OmniSatPretraining(encoder, **{**presets[variant], **options})
 
 
+DROPPED = {r"\.temp_encoding\.weight$": "date codes are computed, for any day"}
+"""Keys of published weights that have no counterpart here, by pattern, and why."""
+
+
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the published ``MAEOmni`` outside its encoder, under the names used here. The tables ``temp_encoding`` are
-    dropped: the date codes are computed."""
+    """Weights of the published ``MAEOmni`` outside its encoder, under the names used here."""
     out: dict[str, Tensor] = {}
     lasts = {
         key.split(".")[1]: max(
