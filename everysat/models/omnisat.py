@@ -327,9 +327,9 @@ def _s1(bands: tuple[str, ...] = ("VV", "VH"), **changes: Any) -> dict[str, Any]
     return {"sensor": "sentinel-1-grd", "bands": bands, "gsd_m": 10.0, "projector": "series", **changes}
 
 
-_AERIAL = {"sensor": "french-aerial-irc", "bands": ("NIR", "R", "G", "B"), "gsd_m": 0.2, "projector": "image"}
-_FLAIR = {"sensor": "flair-aerial", "bands": ("R", "G", "B", "NIR", "elevation"), "gsd_m": 0.2, "projector": "image"}
-_SPOT = {"sensor": "spot-6-7", "bands": ("R", "G", "B"), "gsd_m": 1.0, "projector": "image"}
+_AERIAL = {"sensor": "treesatai-aerial", "bands": ("nir", "red", "green", "blue"), "gsd_m": 0.2, "projector": "image"}
+_FLAIR = {"sensor": "flair-aerial", "bands": ("red", "green", "blue", "nir", "elevation"), "gsd_m": 0.2, "projector": "image"}
+_SPOT = {"sensor": "spot-6-7", "bands": ("red", "green", "blue"), "gsd_m": 1.0, "projector": "image"}
 _PASTIS_DAYS = {"period_days": 734.0, "origin": "2018-09-01"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -356,7 +356,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "modalities": {
             "spot": _SPOT,
             "s2": _s2(**_PASTIS_DAYS),
-            "s1-asc": _s1(("VV", "VH", "VV/VH"), **_PASTIS_DAYS),
+            "s1-asc": _s1(("VV", "VH", "ratio"), **_PASTIS_DAYS),
         },
     },
 }
