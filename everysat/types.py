@@ -457,7 +457,7 @@ class Encoder(nn.Module, ABC):
         was_training = self.training
         self.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: heads may be trained on these features
                 return self(self.tokenize(batch.to(next(self.parameters()).device)), **options)
         finally:
             self.train(was_training)

@@ -22,6 +22,7 @@ from torch import Tensor
 from everysat import sensors
 from everysat.models import omnisat
 from everysat.nn.attention import RelativeTable
+from everysat.nn.heads import PlaceHead
 from everysat.nn.position import Grid
 from everysat.objectives import omnisat as pretraining
 from everysat.objectives.contrastive import mil_nce
@@ -227,6 +228,26 @@ def check_omnisat_heads_losses(fixture: Fixture) -> None:
         close(query.gather(-1, grid.buckets().expand(*query.shape[:2], -1, -1)), expected, f"relative bias {key}")
         checked += 1
     assert checked
+    check_omnisat_heads(fixture)
+
+
+def check_omnisat_heads(fixture: Fixture) -> None:
+    """The two published heads on the class token of the encoder fixture that the weights belong to."""
+    encoder = Fixture(fixture.folder / fixture.facts["weights"][0].replace(".weights.safetensors", ".json"))
+    config = omnisat_config(encoder)
+    model = omnisat.from_config(config).eval()
+    model.load_state_dict(omnisat.convert(encoder.weights, config))
+    features = model.embed(omnisat_batch(encoder, config))
+    for kind, name, first in (
+        ("linear", "finetune", "finetune_head.0."),
+        ("norm", "supervised", "supervised_head.mlp."),
+    ):
+        expected = fixture.io[f"out.{name}_logits"]
+        head = PlaceHead(kind, model.dim, expected.shape[1])
+        head.head.load_state_dict(
+            {k.removeprefix(first): v for k, v in fixture.group("w.").items() if k.startswith(first)}
+        )
+        close(head(features)[0][:, :, 0, 0], expected, f"{name} head")
 
 
 CHECKS: dict[str, Callable[[Fixture], None]] = {
