@@ -1,0 +1,89 @@
+"""Scores equal their definitions (scikit-learn as the second road), and calibration does what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn import metrics as sk
+
+from everysat.nn.scores import (
+    SCORES,
+    calibration_error,
+    confusion_matrix,
+    fit_temperature,
+    iou_per_class,
+    reliability,
+    risk_coverage,
+)
+
+
+@pytest.fixture
+def case(generator):
+    label = torch.randint(4, (200,), generator=generator)
+    predicted = torch.where(
+        torch.rand(200, generator=generator) < 0.5, label, torch.randint(5, (200,), generator=generator)
+    )
+    return label, predicted, torch.randint(7, (200,), generator=generator)
+
+
+def test_scores_equal_scikit_learn_over_the_labelled_classes(case):
+    label, predicted, group = case  # the fifth class is predicted and never a label
+    confusion = confusion_matrix(label, predicted, 5, group, 7).sum(0)
+    present = [0, 1, 2, 3]
+    expected = {
+        "accuracy": sk.accuracy_score(label, predicted),
+        "macro_f1": sk.f1_score(label, predicted, labels=present, average="macro"),
+        "weighted_f1": sk.f1_score(label, predicted, labels=present, average="weighted"),
+        "miou": sk.jaccard_score(label, predicted, labels=present, average="macro"),
+        "balanced_accuracy": sk.recall_score(label, predicted, labels=present, average="macro"),
+        "kappa": sk.cohen_kappa_score(label, predicted),
+    }
+    assert set(expected) == set(SCORES)
+    for name, value in expected.items():
+        assert float(SCORES[name][1](confusion)) == pytest.approx(value), name
+
+
+def test_matrices_of_groups_add_up_and_are_scored_side_by_side(case):
+    label, predicted, group = case
+    confusion = confusion_matrix(label, predicted, 5, group, 7)
+    assert confusion.sum() == 200
+    for name, (_, function) in SCORES.items():
+        together = function(confusion)
+        one_by_one = torch.stack([function(c) for c in confusion])
+        torch.testing.assert_close(together, one_by_one, equal_nan=True, msg=name)
+
+
+def test_a_class_that_occurs_nowhere_is_nan_and_one_never_predicted_is_zero():
+    confusion = torch.tensor([[3.0, 0, 0], [2, 0, 0], [0, 0, 0]])
+    assert iou_per_class(confusion).nan_to_num(-1).tolist() == pytest.approx([0.6, 0, -1])
+    assert float(SCORES["miou"][1](confusion)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("true_t", [0.5, 1.0, 4.0])
+def test_temperature_recovers_how_overconfident_logits_are(generator, true_t):
+    logits = 2 * torch.randn(20000, 4, generator=generator)
+    label = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert fit_temperature(true_t * logits, label) == pytest.approx(true_t, rel=0.05)
+    p = logits.softmax(1)
+    assert calibration_error(p.max(1).values, p.argmax(1) == label) < 0.02
+    assert calibration_error((5 * logits).softmax(1).max(1).values, p.argmax(1) == label) > 0.1
+
+
+def test_temperature_without_samples_is_one():
+    assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)) == 1
+
+
+def test_reliability_by_hand():
+    said, true, share = reliability(torch.tensor([0.1, 0.9, 0.8, 1.0]), torch.tensor([0, 1, 1, 0]), bins=2)
+    assert said.tolist() == pytest.approx([0.1, 0.9])
+    assert true.tolist() == pytest.approx([0, 2 / 3])
+    assert share.tolist() == [0.25, 0.75]
+
+
+def test_risk_falls_with_coverage_when_confidence_is_right():
+    correct = torch.tensor([1, 1, 1, 0])
+    coverage, risk, area = risk_coverage(torch.tensor([0.9, 0.8, 0.7, 0.2]), correct, points=4)
+    assert risk.tolist() == [0, 0, 0, 0.25]
+    assert coverage.tolist() == [0.25, 0.5, 0.75, 1]
+    worse = risk_coverage(torch.tensor([0.1, 0.2, 0.3, 0.9]), correct)[2]
+    assert area == pytest.approx(0.0625) and worse > area
