@@ -86,4 +86,5 @@ def test_risk_falls_with_coverage_when_confidence_is_right():
     assert risk.tolist() == [0, 0, 0, 0.25]
     assert coverage.tolist() == [0.25, 0.5, 0.75, 1]
     worse = risk_coverage(torch.tensor([0.1, 0.2, 0.3, 0.9]), correct)[2]
-    assert area == pytest.approx(0.0625) and worse > area
+    assert area == pytest.approx(0.0625)
+    assert worse > area
