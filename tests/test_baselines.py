@@ -1,0 +1,117 @@
+"""Baselines: what they say of a pixel, validity, and that nothing in them is learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.ndimage import uniform_filter
+from simple_encoder import SENSOR, SquareEncoder, image_batch
+
+from everysat.baselines import Bands, RandomConvolutions, Statistics, reinitialised
+from everysat.types import Raster
+
+MAKERS = {
+    "bands": lambda batch: Bands(10.0),
+    "statistics": lambda batch: Statistics(10.0, (30.0, 50.0)),
+    "convolutions": lambda batch: RandomConvolutions(10.0, filters=8, side=3, pool_m=30.0).fit(
+        batch, torch.Generator().manual_seed(0)
+    ),
+}
+
+
+@pytest.fixture
+def batch(generator):
+    made = image_batch(torch.rand(2, 2, 12, 18, generator=generator))
+    coarse = image_batch(torch.rand(2, 2, 2, 3, generator=generator), 60.0).raster("image")
+    return made.adding(coarse=coarse)
+
+
+def test_bands_of_all_layers_on_one_grid(batch):
+    x = Bands(10.0)(batch)
+    assert x.shape == (2, 4, 12, 18)
+    assert torch.equal(x[:, :2], batch.raster("image").values)
+    torch.testing.assert_close(x[:, 2:, ::6, ::6], batch.raster("coarse").values)
+    assert torch.equal(Bands(10.0, ("image",))(batch), x[:, :2])
+
+
+def test_statistics_equal_a_box_filter_inside(batch):
+    x = Statistics(10.0, (30.0,), ("image",))(batch)
+    band = batch.raster("image").values[1, 0].numpy().astype("float64")
+    mean = uniform_filter(band, 3)
+    std = (uniform_filter(band**2, 3) - mean**2) ** 0.5
+    inside = (slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(x[1, 2][inside].double(), torch.tensor(mean[inside]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x[1, 4][inside].double(), torch.tensor(std[inside]), atol=1e-4, rtol=0)
+
+
+def test_statistics_do_not_lose_digits_of_large_values(batch):
+    raster = batch.raster("image")
+    far = Raster(SENSOR, raster.values + 3000, raster.valid, raster.time_s, raster.row, 10.0)
+    near, moved = (Statistics(10.0, (50.0,), ("image",))(b)[:, 4:] for b in (batch, batch.adding(image=far)))
+    torch.testing.assert_close(near, moved, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*MAKERS])
+def test_invalid_pixels_have_no_effect_and_no_features(batch, name, generator):
+    raster = batch.raster("image")
+    valid = raster.valid.clone()
+    valid[:, :, 4:7, :5] = False
+    valid[0, 1, 9, 9] = False
+    results = []
+    for fill in (0.0, 1e4):
+        values = torch.where(valid, raster.values, fill)
+        spoilt = batch.only().adding(image=Raster(SENSOR, values, valid, raster.time_s, raster.row, 10.0))
+        results.append(MAKERS[name](spoilt)(spoilt))
+    assert torch.equal(results[0].nan_to_num(-1), results[1].nan_to_num(-1))
+    assert torch.isnan(results[0][:, :, 4:7, :5]).all()
+    assert torch.isfinite(results[0][0, :, 9, 9]).all()
+
+
+@pytest.mark.parametrize("name", ["bands", "statistics"])
+def test_two_places_equal_one_by_one(batch, name):
+    maker = MAKERS[name](batch)
+    torch.testing.assert_close(maker(batch), torch.cat([maker(batch[0]), maker(batch[1])]))
+
+
+def test_convolutions_depend_on_the_generator_alone(batch):
+    one, same, other = (
+        RandomConvolutions(10.0, filters=4, side=3).fit(batch, torch.Generator().manual_seed(s))(batch)
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.shape == (2, 8, 12, 18)
+    assert (one >= 0).all()
+
+
+def test_convolutions_tell_textures_apart_that_pixels_do_not(generator):
+    """Horizontal and vertical stripes: single pixels say nothing, both classes have the same distribution."""
+    stripes = (torch.arange(24) % 2).float()
+    halves = torch.cat([stripes[:, None].expand(24, 24), stripes[None].expand(24, 24)], 1)
+    batch = image_batch(torch.stack([halves, halves])[None])
+    x = RandomConvolutions(10.0, filters=16, side=3, pool_m=50.0).fit(batch, generator)(batch)[0]
+    left, right = x[:, 4:-4, 4:20].flatten(1), x[:, 4:-4, 28:44].flatten(1)
+    gap = (left.mean(1) - right.mean(1)).abs() / (left.std(1) + right.std(1) + 1e-6)
+    assert gap.max() > 3
+
+
+def test_unfitted_or_even_sided_filters_are_refused(batch):
+    with pytest.raises(ValueError, match=r"call fit\(batch, generator\) first"):
+        RandomConvolutions(10.0)(batch)
+    with pytest.raises(ValueError, match="side=4 odd"):
+        RandomConvolutions(10.0, side=4)
+    with pytest.raises(ValueError, match="no observed patch of 31 x 31"):
+        RandomConvolutions(10.0, side=31).fit(batch, torch.Generator())
+
+
+def test_a_reinitialised_twin_shares_nothing_but_the_architecture(generator):
+    encoder = SquareEncoder()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    state = torch.get_rng_state()
+    one, two = (reinitialised(encoder, torch.Generator().manual_seed(s)) for s in (0, 0))
+    other = reinitialised(encoder, torch.Generator().manual_seed(1))
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    assert torch.equal(one.proj.weight, two.proj.weight)
+    assert not torch.equal(one.proj.weight, encoder.proj.weight)
+    assert not torch.equal(one.proj.weight, other.proj.weight)
+    assert torch.equal(torch.get_rng_state(), state)
