@@ -2,7 +2,10 @@
 
 ``get("sentinel-2-l2a")["B04"].wavelength_um`` is 0.6646. Values in files are digital numbers; physical value = number x
 ``scale`` + ``offset``, in ``unit``. To describe a sensor of your own, write a table like those beside this file and pass its
-path to :func:`get` or :func:`load`, or build :class:`Sensor` in Python.
+path to :func:`get` or :func:`load`, or build :class:`Sensor` in Python. A table may start from another one
+(``like = "landsat-7-etm"``, a name or a path beside it): its ``defaults`` and ``bands`` then change what is inherited,
+``without`` names bands that are left out, and new bands come last. Hyperspectral bands are listed as ``band_ranges``, one
+entry for a run of bands that differ in name and wavelength alone (see ``enmap.toml``).
 """
 
 from __future__ import annotations
@@ -34,9 +37,14 @@ UNITS = {
     "degree": "degrees of arc",
     "%": "per cent",
     "class": "a code, see the band's classes",
+    "bits": "bit flags; the band's classes name the bits, counted from the least significant, 0",
     "probability": "0-1",
     "DN": "digital number without a physical calibration (colour images)",
 }
+
+BASE_KEYS = {"title", "kind", "source", "baseline_offsets"}
+TABLE_KEYS = BASE_KEYS | {"defaults", "bands", "band_ranges", "like", "without"}
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,14 @@ class Band:
             raise ValueError(f"band {self.name}: unit={self.unit!r} is unknown. {suggest(self.unit, UNITS)}")
         if not self.gsd_m > 0:
             raise ValueError(f"band {self.name}: gsd_m={self.gsd_m} must be positive (metres)")
+        if self.width_um is not None and not self.width_um > 0:
+            raise ValueError(f"band {self.name}: width_um={self.width_um} must be positive (micrometres)")
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
+            raise ValueError(f"band {self.name}: range={self.range} must be (lowest, highest)")
+        if self.scale == 0:
+            raise ValueError(f"band {self.name}: scale=0 would make all values equal")
+        if self.classes is not None and self.unit not in ("class", "bits"):
+            raise ValueError(f"band {self.name}: classes need unit 'class' or 'bits', not {self.unit!r}")
         if self.wavelength_um is not None and not 0.1 <= self.wavelength_um <= 1e6:
             raise ValueError(f"band {self.name}: wavelength_um={self.wavelength_um} is not in micrometres")
 
@@ -76,7 +92,7 @@ class Sensor:
     """A sensor or product: its bands in the order of its files, and where these facts come from.
 
     ``baseline_offsets`` maps a processing baseline to the offset, in physical units, that holds from it on (Sentinel-2:
-    04.00 adds 1000 digital numbers, so -0.1).
+    04.00 adds 1000 digital numbers, so -0.1). It holds for the bands in reflectance.
     """
 
     name: str
@@ -89,11 +105,11 @@ class Sensor:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"sensor {self.name}: kind={self.kind!r} is unknown. {suggest(self.kind, KINDS)}")
-        seen: dict[str, str] = {}
+        seen: dict[str, Band] = {}
         for band in self.bands:
             for label in (band.name, *band.aliases):
-                if seen.setdefault(label.lower(), band.name) != band.name:
-                    raise ValueError(f"sensor {self.name}: {label!r} names both {seen[label.lower()]} and {band.name}")
+                if (other := seen.setdefault(label.lower(), band)) is not band:
+                    raise ValueError(f"sensor {self.name}: {label!r} names both {other.name} and {band.name}")
 
     def __hash__(self) -> int:
         return hash((self.name, self.kind, self.names))
@@ -119,36 +135,84 @@ class Sensor:
 
 
 def load(path: str | Path) -> Sensor:
-    """A sensor from a TOML table. An unknown key is an error: a misspelt fact would silently be lost otherwise."""
-    path = Path(path)
-    with path.open("rb") as file:
-        table = tomllib.load(file)
+    """A sensor from a TOML table. An unknown key is an error: a misspelt fact would silently be lost otherwise.
+
+    Raises:
+        ValueError: the table is no TOML, lacks something, has an unknown key or a value that cannot be; names the file.
+        FileNotFoundError: there is no such file.
+    """
+    return _load(Path(path), ())
+
+
+def _load(path: Path, seen: tuple[Path, ...]) -> Sensor:
+    path = path.expanduser().resolve()
     try:
-        return from_table(path.stem, table)
+        if path in seen:
+            raise ValueError("the table is like itself, through " + ", ".join(p.name for p in seen))
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+        _refuse_unknown(table, TABLE_KEYS, "sensor")
+        base = _load(_beside(path, table["like"]), (*seen, path)) if "like" in table else None
+        return _sensor(path.stem, table, base)
     except (TypeError, ValueError, LookupError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def from_table(name: str, table: Mapping[str, Any]) -> Sensor:
-    """A sensor from the content of a TOML table."""
-    known = {"title", "kind", "source", "defaults", "bands", "baseline_offsets"}
-    _refuse_unknown(table, known, "sensor")
+def _beside(path: Path, like: str) -> Path:
+    """Where the table that ``path`` builds on lies: a path relative to it, or a sensor described here."""
+    if like.endswith(".toml"):
+        return path.parent / like
+    if like not in names():
+        raise LookupError(f"like={like!r} is no sensor. {suggest(like, names())}")
+    return _FOLDER / f"{like}.toml"
+
+
+def _sensor(name: str, table: dict[str, Any], base: Sensor | None) -> Sensor:
+    inherited = {key: getattr(base, key) for key in ("kind", "source", "title", "baseline_offsets")} if base else {}
+    facts = {**inherited, **{key: table[key] for key in table if key in BASE_KEYS}}
+    for key in ("kind", "source"):
+        if not facts.get(key):
+            raise ValueError(
+                f"the table lacks {key!r}: " + {"kind": f"one of {', '.join(KINDS)}"}.get(key, "who says so")
+            )
     defaults = table.get("defaults", {})
-    bands = []
-    for entry in table.get("bands", []):
-        merged = {**defaults, **entry}
-        _refuse_unknown(merged, {f.name for f in fields(Band)}, f"band {merged.get('name', '?')}")
-        if "classes" in merged:
-            merged["classes"] = {int(code): label for code, label in merged["classes"].items()}
-        for key in ("range", "aliases"):
-            if key in merged:
-                merged[key] = tuple(merged[key])
-        bands.append(Band(**merged))
-    if not bands:
-        raise ValueError("the table lists no [[bands]]")
-    return Sensor(
-        name, table["kind"], tuple(bands), table["source"], table.get("title", ""), table.get("baseline_offsets", {})
-    )
+    entries = {b.name: {**vars(b), **defaults} for b in base.bands} if base else {}
+    for gone in table.get("without", ()):
+        if gone not in entries:
+            raise ValueError(f"without: {gone!r} is no band of {table.get('like')!r}. {suggest(gone, entries)}")
+        del entries[gone]
+    listed = [*table.get("bands", ()), *(band for run in table.get("band_ranges", ()) for band in _run(run))]
+    if len({entry.get("name") for entry in listed} - {None}) < len(listed):
+        raise ValueError("every band needs a name of its own")
+    for entry in listed:
+        entries[entry["name"]] = {**entries.get(entry["name"], defaults), **entry}
+    if not entries:
+        raise ValueError("the table lists no bands")
+    return Sensor(name=name, bands=tuple(_band(entry) for entry in entries.values()), **facts)
+
+
+def _run(run: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """The bands of one entry of ``band_ranges``: ``name`` holds a counter like ``{:03d}`` that starts at ``first``, and
+    ``wavelength_um`` lists one centre per band; all else is the same for all of them."""
+    name, waves = run.get("name", ""), run.get("wavelength_um")
+    if "{" not in name or not isinstance(waves, list):
+        raise ValueError(f"band_ranges {name!r}: name needs a counter such as 'B{{:03d}}', wavelength_um a list")
+    shared = {key: value for key, value in run.items() if key != "first"}
+    for number, wave in enumerate(waves, run.get("first", 1)):
+        yield {**shared, "name": name.format(number), "wavelength_um": wave}
+
+
+def _band(entry: dict[str, Any]) -> Band:
+    _refuse_unknown(entry, {f.name for f in fields(Band)}, f"band {entry['name']}")
+    for key in ("gsd_m", "unit"):
+        if key not in entry:
+            raise ValueError(f"band {entry['name']} lacks {key!r}")
+    if entry.get("classes"):
+        entry["classes"] = {int(code): label for code, label in entry["classes"].items()}
+    for key in ("range", "aliases"):
+        if entry.get(key) is not None:
+            entry[key] = tuple(entry[key])
+    return Band(**entry)
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -159,14 +223,25 @@ def _refuse_unknown(table: Mapping[str, Any], known: set[str], where: str) -> No
 
 def names() -> tuple[str, ...]:
     """Names of all sensors described here, sorted."""
-    return tuple(sorted(f.stem for f in Path(__file__).parent.glob("*.toml")))
+    return tuple(sorted(f.stem for f in _FOLDER.glob("*.toml")))
 
 
-@cache
 def get(name: str) -> Sensor:
     """The sensor of that name, or the one that the TOML file at this path describes."""
     if name.endswith(".toml"):
         return load(name)
     if name not in names():
         raise LookupError(f"no sensor is called {name!r}. {suggest(name, names())} A path to a .toml table works too.")
-    return load(Path(__file__).parent / f"{name}.toml")
+    return _described_here(name)
+
+
+@cache
+def _described_here(name: str) -> Sensor:
+    return load(_FOLDER / f"{name}.toml")
+
+
+def from_table(name: str, table: Mapping[str, Any]) -> Sensor:
+    """A sensor from the content of a TOML table, such as one kept in a model's settings."""
+    _refuse_unknown(table, TABLE_KEYS, f"sensor {name}")
+    base = get(table["like"]) if "like" in table else None
+    return _sensor(name, dict(table), base)
