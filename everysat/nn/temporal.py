@@ -58,61 +58,61 @@ class Ltae(nn.Module):
         x = self.observation(x)
         if x.shape[0] == 0:
             return x.new_zeros(count, self.dim), x.new_zeros(0)
-        slots, length = _slots(series, count)
-        padded = x.shape[0] != count * length
-        keep = None
-        if padded:
-            keep = x.new_zeros(count * length, dtype=torch.bool).index_fill_(0, slots, True).view(count, length)
-        values = x.new_zeros(count * length, x.shape[1]).index_copy(0, slots, x).view(count, length, -1)
-        if self.in_norm is not None:
-            values = _norm_over_dates(self.in_norm, values, keep)
-        days = day.new_zeros(count * length).index_copy(0, slots, day).view(count, length)
-        values = values + self._date_code(days).to(values.dtype)
-        attention = self._attention(values, keep)
-        mean_attention = attention.mean(1).reshape(-1)[slots]
-        if self.training:
-            attention = F.dropout(attention, self.attention_dropout)
-        heads = rearrange(values, "n t (h d) -> n h t d", h=self.heads)
-        pooled = rearrange(attention[:, :, None] @ heads, "n h 1 d -> n (h d)")
-        return self.out_norm(self.out_dropout(self.out(pooled))), mean_attention
+        lengths = torch.bincount(series, minlength=count)
+        pool = self._pool_equal if int(lengths.min()) == int(lengths.max()) else self._pool_ragged
+        pooled, attention = pool(x, series, day, count)
+        return self.out_norm(self.out_dropout(self.out(pooled))), attention
 
-    def _date_code(self, days: Tensor) -> Tensor:
-        """Sinusoids of dim / heads numbers, once per distinct day, repeated for each head: [n, t, dim]."""
-        distinct, where = torch.unique(days, return_inverse=True)
-        code = sinusoid(distinct, self.key.in_features // self.heads, self.period)
+    def _pool_equal(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Series of one length: a rectangle [series, date, dim]."""
+        order = torch.argsort(series, stable=True)
+        values = x[order].view(count, -1, x.shape[1])
+        if self.in_norm is not None:
+            values = self.in_norm(values.transpose(1, 2)).transpose(1, 2)
+        values = values + self._date_code(day[order], values.dtype).view_as(values)
+        attention = F.linear(values, self._folded()).transpose(1, 2).softmax(-1)
+        mean = torch.empty_like(day, dtype=attention.dtype).index_copy(0, order, attention.mean(1).flatten())
+        attention = F.dropout(attention, self.attention_dropout, self.training)
+        heads = rearrange(values, "n t (h d) -> n h t d", h=self.heads)
+        return rearrange(attention[:, :, None] @ heads, "n h 1 d -> n (h d)"), mean
+
+    def _pool_ragged(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Series of different lengths: sums over the observations of each, without padding."""
+        if self.in_norm is not None:
+            x = _norm_over_dates(self.in_norm, x, series, count)
+        x = x + self._date_code(day, x.dtype)
+        logits = F.linear(x, self._folded())
+        at = series[:, None].expand_as(logits)
+        lowest = torch.finfo(logits.dtype).min
+        peak = logits.new_full((count, self.heads), lowest).scatter_reduce(0, at, logits.detach(), "amax")
+        weight = (logits - peak[series]).exp()
+        attention = weight / weight.new_zeros(count, self.heads).index_add(0, series, weight)[series]
+        mean = attention.mean(1)
+        attention = F.dropout(attention, self.attention_dropout, self.training)
+        weighted = (rearrange(x, "n (h d) -> n h d", h=self.heads) * attention[..., None]).flatten(1)
+        return weighted.new_zeros(count, x.shape[1]).index_add(0, series, weighted), mean
+
+    def _date_code(self, day: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sinusoids of dim / heads numbers, once per distinct day, repeated for each head: [n, dim]."""
+        distinct, where = torch.unique(day, return_inverse=True)
+        code = sinusoid(distinct, self.key.in_features // self.heads, self.period).to(dtype)
         return repeat(code, "u d -> u (h d)", h=self.heads)[where]
 
-    def _attention(self, values: Tensor, keep: Tensor | None) -> Tensor:
-        """Weights [n, head, t]. The queries are folded into the keys: one product per head instead of ``key_dim``."""
-        folded = torch.einsum("hk,hkd->hd", self.query, self.key.weight.view(self.heads, self.key_dim, -1))
-        logits = F.linear(values, folded / math.sqrt(self.key_dim)).transpose(1, 2)
-        if keep is not None:
-            # A finite value rather than -inf: a series with no observation at all must not turn into NaN.
-            logits = logits.masked_fill(~keep[:, None], torch.finfo(logits.dtype).min)
-        return logits.softmax(-1)
+    def _folded(self) -> Tensor:
+        """Queries folded into the keys, [head, dim]: one product per head and observation instead of ``key_dim``."""
+        weight = self.key.weight.view(self.heads, self.key_dim, -1)
+        return torch.einsum("hk,hkd->hd", self.query, weight) / math.sqrt(self.key_dim)
 
 
-def _slots(series: Tensor, count: int) -> tuple[Tensor, int]:
-    """Where each observation stands in a [count x length] array with one row a series, and that length."""
-    lengths = torch.bincount(series, minlength=count)
-    order = torch.argsort(series, stable=True)
-    starts = lengths.cumsum(0) - lengths
-    rank = torch.empty_like(series)
-    rank[order] = torch.arange(len(series), device=series.device) - starts[series[order]]
-    length = int(lengths.max())
-    return series * length + rank, length
-
-
-def _norm_over_dates(norm: nn.GroupNorm, values: Tensor, keep: Tensor | None) -> Tensor:
-    """Group normalisation of [n, t, dim] over dates and the channels of a group; dates that are not kept do not count."""
-    if keep is None:
-        return norm(values.transpose(1, 2)).transpose(1, 2)
-    groups = rearrange(values, "n t (g d) -> n t g d", g=norm.num_groups)
-    weight = keep[:, :, None, None].to(values.dtype)
-    numbers = weight.sum(dim=(1, 3), keepdim=True).clamp(min=1) * groups.shape[-1]
-    mean = (groups * weight).sum(dim=(1, 3), keepdim=True) / numbers
-    variance = ((groups - mean).square() * weight).sum(dim=(1, 3), keepdim=True) / numbers
-    return ((groups - mean) / (variance + norm.eps).sqrt()).flatten(2) * norm.weight + norm.bias
+def _norm_over_dates(norm: nn.GroupNorm, x: Tensor, series: Tensor, count: int) -> Tensor:
+    """Group normalisation of observations [n, dim] over those of each series and the channels of a group."""
+    groups = rearrange(x, "n (g d) -> n g d", g=norm.num_groups)
+    numbers = (torch.bincount(series, minlength=count).clamp(min=1) * groups.shape[-1])[:, None].to(x.dtype)
+    empty = x.new_zeros(count, norm.num_groups)
+    mean = empty.index_add(0, series, groups.sum(-1)) / numbers
+    centred = groups - mean[series][..., None]
+    variance = empty.index_add(0, series, centred.square().sum(-1)) / numbers
+    return (centred * (variance + norm.eps).rsqrt()[series][..., None]).flatten(1) * norm.weight + norm.bias
 
 
 def _mlp(inputs: int, widths: Sequence[int], dropout: float | None) -> nn.Sequential:
