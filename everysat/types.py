@@ -90,6 +90,8 @@ class Raster:
         time_s: Tensor | Sequence[tuple[float, float]] | None = None,
     ) -> Raster:
         """A raster of one place from ``values`` [obs, band, y, x]; all valid and undated unless told. NaN is invalid."""
+        if not values.is_floating_point():
+            values = values.float()
         seen = torch.isfinite(values) if valid is None else valid & torch.isfinite(values)
         obs = values.shape[0]
         times = (
@@ -97,9 +99,16 @@ class Raster:
             if time_s is None
             else torch.as_tensor(time_s, dtype=torch.float64)
         )
-        return cls(
-            sensor, values.nan_to_num(0.0), seen, times.reshape(obs, 2), torch.zeros(obs, dtype=torch.int64), gsd_m
-        )
+        if times.numel() != 2 * obs:
+            raise ValueError(
+                f"time_s has shape {tuple(times.shape)}, expected ({obs}, 2): start and end of each observation"
+            )
+        times = times.reshape(obs, 2)
+        if (times[:, 0] > times[:, 1]).any():
+            raise ValueError(
+                "time_s: an observation ends before it starts; expected [start, end) in seconds since 1970"
+            )
+        return cls(sensor, values.nan_to_num(0.0), seen, times, torch.zeros(obs, dtype=torch.int64), gsd_m)
 
     def select(self, bands: Iterable[str]) -> Raster:
         """The named bands alone, in this order."""
@@ -121,16 +130,21 @@ class Raster:
         )
 
     def to(self, device: torch.device | str) -> Raster:
-        var = None if self.var is None else self.var.to(device)
-        moved = {name: getattr(self, name).to(device) for name in ("values", "valid", "time_s", "row")}
-        return replace(self, **moved, var=var)
+        return replace(
+            self,
+            values=self.values.to(device),
+            valid=self.valid.to(device),
+            time_s=self.time_s.to(device),
+            row=self.row.to(device),
+            var=None if self.var is None else self.var.to(device),
+        )
 
     def _padded(self, height: int, width: int) -> Raster:
         """Grown to height x width pixels at the south and east; what is added is invalid."""
         missing = (0, width - self.values.shape[3], 0, height - self.values.shape[2])
         if not any(missing):
             return self
-        grown = {
+        grown: dict[str, Any] = {
             n: nn.functional.pad(getattr(self, n), missing)
             for n in ("values", "valid", "var")
             if getattr(self, n) is not None
@@ -223,6 +237,15 @@ class Batch:
 
     places: tuple[Place, ...]
     layers: Mapping[str, Layer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            row = layer.row
+            if row.device.type == "cpu" and row.numel() and not 0 <= int(row.min()) <= int(row.max()) < len(self):
+                raise ValueError(
+                    f"layer {name!r} has rows {int(row.min())} to {int(row.max())}, the batch has {len(self)} places; "
+                    "join batches with Batch.cat, which shifts the rows"
+                )
 
     def __len__(self) -> int:
         return len(self.places)
@@ -354,13 +377,15 @@ class Features:
         """Token features as images, [row, dim, y, x] in north-up raster order; NaN where there is no token.
 
         Raises:
-            ValueError: tokens of different sizes, which do not form one grid.
+            ValueError: tokens of different sizes, or several in one cell, which do not form one grid.
         """
         if len(self.coords) == 0:
             raise ValueError("there are no tokens to make a grid of: no input layer was observed in any place")
         if not torch.allclose(self.coords.size_m, self.coords.size_m[:1]):
             raise ValueError("tokens have different sizes and form no single grid; select those of one size first")
         cells = self.coords.cells()
+        if len(torch.unique(torch.cat([self.coords.row[:, None], cells], 1), dim=0)) < len(cells):
+            raise ValueError("several tokens lie in one cell; pool dates and groups, or select one of them, first")
         size_m = float(self.coords.size_m[0])
         height, width = (
             max(int(cells[:, axis].max()) + 1, *(math.ceil(extent / size_m - 1e-4) for extent in extents))
@@ -389,8 +414,10 @@ class Input:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != len(self.sensor.bands):
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {len(self.sensor.bands)} bands")
-        if min(self.std, default=1.0) <= 0:
+        if not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"std={self.std} must be positive")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean={self.mean} must be finite")
 
     def fit(self, raster: Raster, name: str) -> Raster:
         """``raster`` with the contract's bands in the contract's order, or a :class:`ContractError` that says what to do."""
