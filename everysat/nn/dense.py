@@ -8,7 +8,7 @@ on; where chips overlap, tokens near the middle of their chip count more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from everysat.nn.grid import grid_shape
-from everysat.types import Batch, Encoder, Place, Raster
+from everysat.types import Batch, Encoder, Features, Place, Raster
 
 HOW = ("bilinear", "mean")
 
 
+Embed = Callable[[Batch], Features]
+
+
 def dense_features(
-    encoder: Encoder,
+    encoder: Encoder | Embed,
     batch: Batch,
     gsd_m: float,
     *,
@@ -36,6 +39,8 @@ def dense_features(
     """Features of every pixel of ``gsd_m``, float [row, dim, y, x]; NaN where nothing was observed.
 
     Args:
+        encoder: an encoder, or a function from a batch to features on one token grid, such as one that gives the tokens of a
+            single modality.
         token_m: side of the encoder's tokens, metres.
         shifts: grids per axis, each ``token_m / shifts`` further; 1 is the token grid alone. A layer whose pixels are larger
             than a shift is averaged by area onto the shifted grid.
@@ -51,13 +56,12 @@ def dense_features(
         raise ValueError(f"how={how!r} is none of {', '.join(HOW)}")
     plan = _plan(token_m, shifts, chip_m, stride_m)
     height, width = grid_shape(batch.places, gsd_m)
-    known = batch.only(*encoder.inputs)
-    rows = []
-    for index in range(len(batch)):
-        place = known[index]
-        lattice = _lattice(encoder, place, plan, batch_size)
-        rows.append(_sample(lattice, plan, gsd_m, height, width, how))
-    return torch.stack(rows)
+    if isinstance(encoder, Encoder):
+        batch, embed = batch.only(*encoder.inputs), encoder.embed
+    else:
+        embed = encoder
+    lattices = (_lattice(embed, batch[index], plan, batch_size) for index in range(len(batch)))
+    return torch.stack([_sample(lattice, plan, gsd_m, height, width, how) for lattice in lattices])
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,22 @@ def _whole(name: str, size_m: float, token_m: float) -> int:
     return count
 
 
-def _lattice(encoder: Encoder, place: Batch, plan: _Plan, batch_size: int) -> Tensor:
+def _lattice(embed: Embed, place: Batch, plan: _Plan, batch_size: int) -> Tensor:
     """Features at the centres of all tokens of all shifts, [dim, y, x]; node n lies at token_m / 2 + n step_m."""
     k = plan.shifts
     tokens = [math.ceil(size / plan.token_m - 1e-4) for size in (place.places[0].height_m, place.places[0].width_m)]
-    lattice = torch.full((encoder.dim, *(k * n for n in tokens)), math.nan)
+    lattice: Tensor | None = None
     for a in range(k):
         for b in range(k):
             count = tokens[0] - (a > 0), tokens[1] - (b > 0)
             if min(count) < 1:
                 continue
             view = _shifted(place, a * plan.step_m, b * plan.step_m, count, plan.token_m)
-            found = _chipped(encoder, view, count, plan, batch_size)
+            found = _chipped(embed, view, count, plan, batch_size)
+            if lattice is None:
+                lattice = torch.full((len(found), *(k * n for n in tokens)), math.nan)
             lattice[:, a : a + k * count[0] : k, b : b + k * count[1] : k] = found
+    assert lattice is not None
     return lattice
 
 
@@ -137,15 +144,17 @@ def _window(image: Tensor, axis: int, start: int, count: int) -> Tensor:
     return F.pad(part, (0, missing) if axis == 3 else (0, 0, 0, missing)) if missing else part
 
 
-def _chipped(encoder: Encoder, view: Batch, tokens: tuple[int, int], plan: _Plan, batch_size: int) -> Tensor:
+def _chipped(embed: Embed, view: Batch, tokens: tuple[int, int], plan: _Plan, batch_size: int) -> Tensor:
     """Features of one token grid, [dim, y, x], from chips that overlap."""
     height, width = (min(plan.side or n, n) for n in tokens)
     corners = [(y, x) for y in _starts(tokens[0], height, plan.stride) for x in _starts(tokens[1], width, plan.stride)]
     weight = _centred(height, width)
-    total, count = torch.zeros(encoder.dim, *tokens), torch.zeros(tokens)
+    total, count = torch.zeros(1), torch.zeros(tokens)
     for i in range(0, len(corners), batch_size):
         some = corners[i : i + batch_size]
-        grids = _encode(encoder, _cut(view, some, height, width, plan.token_m), height, width)
+        grids = _encode(embed, _cut(view, some, height, width, plan.token_m), height, width)
+        if total.ndim == 1:
+            total = torch.zeros(grids.shape[1], *tokens)
         seen = torch.isfinite(grids[:, 0])
         grids = torch.nan_to_num(grids)
         for (y, x), grid, there in zip(some, grids, seen, strict=True):
@@ -190,10 +199,10 @@ def _cut(view: Batch, corners: Sequence[tuple[int, int]], height: int, width: in
     return Batch((place,) * n, layers)
 
 
-def _encode(encoder: Encoder, chips: Batch, height: int, width: int) -> Tensor:
-    features = encoder.embed(chips)
+def _encode(embed: Embed, chips: Batch, height: int, width: int) -> Tensor:
+    features = embed(chips)
     if len(features.coords) == 0:
-        return torch.full((len(chips), encoder.dim, height, width), math.nan)
+        return torch.full((len(chips), features.mean.shape[1], height, width), math.nan)
     grid = features.grid().float().cpu()
     if grid.shape[2:] != (height, width):
         raise ValueError(

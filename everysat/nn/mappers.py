@@ -1,0 +1,149 @@
+"""From a batch to an image of class probabilities or features, [row, channel, y, x] at one ``gsd_m``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from everysat.nn.dense import dense_features
+from everysat.nn.grid import grid_shape
+from everysat.nn.probe import Linear
+from everysat.types import Batch, Encoder, Features, Task
+
+
+class Mapper(Protocol):
+    """What maps windows of a large place.
+
+    ``align_m``: windows begin on multiples of it (the north-west corner is 0), so that every window cuts tokens and chips where
+    the whole place would. ``halo_m``: how far beyond a pixel the image depends on the input.
+    """
+
+    gsd_m: float
+    align_m: float
+    halo_m: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the channels."""
+
+    @property
+    def probabilistic(self) -> bool:
+        """Whether the channels are class probabilities."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[row, channel, y, x] at ``gsd_m``; NaN where nothing can be said."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Features of an encoder at ``gsd_m``; options as for :func:`dense_features`. ``embed`` takes the place of
+    ``encoder.embed``, for other features than the encoder's last ones; ``dim`` is then their number."""
+
+    encoder: Encoder
+    gsd_m: float
+    token_m: float
+    shifts: int = 1
+    how: str = "bilinear"
+    chip_m: float | None = None
+    stride_m: float | None = None
+    batch_size: int = 64
+    embed: Callable[[Batch], Features] | None = None
+    dim: int | None = None
+
+    @property
+    def align_m(self) -> float:
+        stride_m = self.stride_m or (self.chip_m and max(1, round(self.chip_m / self.token_m) // 2) * self.token_m)
+        return common_multiple(
+            [self.token_m, self.gsd_m, stride_m or 0, *(i.gsd_m for i in self.encoder.inputs.values())]
+        )
+
+    @property
+    def halo_m(self) -> float:
+        return math.ceil(((self.chip_m or 0) + self.token_m) / self.align_m) * self.align_m
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"feature {i}" for i in range(self.dim or self.encoder.dim))
+
+    @property
+    def probabilistic(self) -> bool:
+        return False
+
+    def __call__(self, batch: Batch) -> Tensor:
+        options = {
+            name: getattr(self, name) for name in ("token_m", "shifts", "how", "chip_m", "stride_m", "batch_size")
+        }
+        return dense_features(self.embed or self.encoder, batch.only(*self.encoder.inputs), self.gsd_m, **options)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several sets of features of the same ``gsd_m``, one after another; a pixel that one of them lacks has none."""
+
+    parts: tuple[Callable[[Batch], Tensor], ...]
+    gsd_m: float
+    align_m: float = 0.0
+    halo_m: float = 0.0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        x = torch.cat([part(batch) for part in self.parts], 1)
+        return torch.where(torch.isfinite(x).all(1, keepdim=True), x, torch.nan)
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Class probabilities of a probe on the features that ``features`` (a callable from batch to image) computes."""
+
+    features: Callable[[Batch], Tensor]
+    probe: Linear
+    gsd_m: float
+    align_m: float = 0.0
+    halo_m: float = 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.probe.classes
+
+    @property
+    def probabilistic(self) -> bool:
+        return True
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.probe.probabilities(self.features(batch).movedim(1, -1)).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Tasked:
+    """What a trained task predicts from an encoder's features, pixel by pixel."""
+
+    encoder: Encoder
+    task: Task
+    gsd_m: float
+    align_m: float
+    halo_m: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.task.sensor.names)  # type: ignore[attr-defined, union-attr]
+
+    @property
+    def probabilistic(self) -> bool:
+        return self.task.sensor.kind == "classes"  # type: ignore[attr-defined, union-attr]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        features = self.encoder.embed(batch)
+        if len(features.coords) == 0:
+            return torch.full((len(batch), len(self.names), *grid_shape(batch.places, self.gsd_m)), math.nan)
+        predicted = self.task.predict(features, batch)  # type: ignore[call-arg]
+        return torch.where(predicted.valid, predicted.values, torch.nan)
+
+
+def common_multiple(sizes_m: Sequence[float]) -> float:
+    """The smallest length of which all positive ``sizes_m`` are parts, to a centimetre."""
+    whole = [round(size * 100) for size in sizes_m if size]
+    return math.lcm(*whole) / 100 if whole else 0.0
