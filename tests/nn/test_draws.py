@@ -8,7 +8,9 @@ from everysat.nn.draws import generator, key, stream, uniform
 
 
 def test_same_purpose_same_numbers_and_other_purpose_others():
-    first, again, other = (torch.rand(8, generator=generator(*p)) for p in [(1, 2, "mask"), (1, 2, "mask"), (1, 3, "mask")])
+    first, again, other = (
+        torch.rand(8, generator=generator(*p)) for p in [(1, 2, "mask"), (1, 2, "mask"), (1, 3, "mask")]
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
