@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everysat.models.omnisat import OmniSat
 from everysat.nn.attention import Block, CrossBlock
-from everysat.nn.patch import PatchCnn
+from everysat.nn.patch import PatchCnn, TexturePool
 from everysat.nn.position import Grid
 from everysat.nn.temporal import Ltae
 
@@ -26,6 +26,10 @@ def encode(model: OmniSat, images: dict[str, Tensor], days: dict[str, Tensor]) -
         if isinstance(projector, PatchCnn):
             x = rearrange(images[name], "b c (h y) (w x) -> (b h w) c y x", h=side, w=side)
             tokens.append(rearrange(_cnn(projector, x), "(b p) d -> b p d", p=side * side))
+        elif isinstance(projector, TexturePool):
+            x = rearrange(images[name], "b c (h y) (w x) -> (b h w) c y x", h=side, w=side)
+            found = projector(x, torch.ones_like(x[:, 0], dtype=torch.bool))
+            tokens.append(rearrange(found, "(b p) d -> b p d", p=side * side))
         else:
             x = rearrange(images[name], "b t c (h y) (w x) -> (b h w) t (c y x)", y=patch, x=patch)
             day = repeat(days[name], "b t -> (b p) t", p=side * side)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from everysat import sensors
 from everysat.find import suggest
 from everysat.nn.attention import Block, CrossBlock
-from everysat.nn.patch import PatchCnn
+from everysat.nn.patch import PatchCnn, TexturePool
 from everysat.nn.position import Grid, day_number
 from everysat.nn.temporal import Ltae
 from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Input, Raster, Tokens
@@ -40,7 +40,8 @@ single modality alone). ``leaked_drop_path``: the cross block's drop-path rate i
 class Modality(BaseModel):
     """One input layer and how it becomes tokens.
 
-    ``image``: a CNN on each patch (very high resolution). ``series``: L-TAE over the dates of each patch, whose pixels are
+    ``image``: a CNN on each patch (very high resolution). ``texture``: mean and spread of bands and learned features over each
+    patch, for images whose patches have few pixels (not in the paper). ``series``: L-TAE over the dates of each patch, whose pixels are
     flattened. ``mono``: the same with one date, set to ``mono_day``. Day numbers count from ``origin`` (an ISO date) or are
     days of the year. ``sensor`` is a name, or a table as in ``everysat/sensors/*.toml`` with a ``name``.
     """
@@ -49,7 +50,7 @@ class Modality(BaseModel):
     sensor: str | dict[str, Any]
     bands: tuple[str, ...]
     gsd_m: float
-    projector: Literal["image", "series", "mono"]
+    projector: Literal["image", "texture", "series", "mono"]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     period_days: float = 367.0
@@ -74,7 +75,7 @@ class Modality(BaseModel):
 class Config(BaseModel):
     """Sizes and modalities of an :class:`OmniSat`. ``grid`` is the side, in patches, of the learned position tables; other
     tile sizes interpolate them. ``absolute`` and ``relative`` switch the two kinds of positions, ``modality_code`` a learned
-    vector per modality (both ablations of the paper)."""
+    vector per modality (both ablations of the paper); ``locality`` as in :class:`RelativeTable`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     modalities: dict[str, Modality]
@@ -88,6 +89,7 @@ class Config(BaseModel):
     drop_path: float = 0.2
     absolute: bool = True
     relative: bool = True
+    locality: float = 0.0
     modality_code: bool = False
     quirks: tuple[Quirk, ...] = ()
 
@@ -140,7 +142,7 @@ class OmniSat(Encoder):
         self.position = nn.Parameter(torch.empty(table)) if config.absolute else None
         self.query_position = nn.Parameter(torch.zeros(table))
         self.modality_code = nn.Parameter(torch.zeros(len(self.inputs), config.dim)) if config.modality_code else None
-        options: dict[str, Any] = {"relative": config.relative, "dropout": config.dropout}
+        options: dict[str, Any] = {"relative": config.relative, "locality": config.locality, "dropout": config.dropout}
         rates = torch.linspace(0, config.drop_path, config.depth).tolist() or [config.drop_path]
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, drop_path=rates[i], **options) for i in range(config.depth)
@@ -158,6 +160,8 @@ class OmniSat(Encoder):
         patch, bands = config.patch(name), len(modality.bands)
         if modality.projector == "image":
             return PatchCnn(bands, config.dim, patch)
+        if modality.projector == "texture":
+            return TexturePool(bands, config.dim, patch)
         return Ltae(
             bands * patch * patch,
             modality.widths or (config.dim // 8, config.dim // 2, config.dim),
@@ -183,7 +187,8 @@ class OmniSat(Encoder):
         groups = tuple(n for n in self.inputs if n in batch.layers and len(batch.raster(n).row))
         for name in groups:
             patches = self._cut(name, self.inputs[name].fit(batch.raster(name), name), grid)
-            project = self._image_tokens if self.settings.modalities[name].projector == "image" else self._series_tokens
+            image = self.settings.modalities[name].projector in ("image", "texture")
+            project = self._image_tokens if image else self._series_tokens
             found, where, side_products = project(name, patches, indices)
             parts.append((found, where))
             memo["patches"][name] = patches
@@ -215,7 +220,11 @@ class OmniSat(Encoder):
     def _image_tokens(self, name: str, patches: Patches, indices: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
         seen = patches.seen
         images = patches.values[seen] if not seen.all() else patches.values.flatten(0, 1)
-        found, where = cast(PatchCnn, self.projectors[name])(images, indices=indices)
+        projector, where = self.projectors[name], None
+        if isinstance(projector, TexturePool):
+            found = projector(images, patches.valid[seen].any(1))
+        else:
+            found, where = cast(PatchCnn, projector)(images, indices=indices)
         series = _series(patches)[seen]
         present, position = torch.unique(series, return_inverse=True)
         if len(present) < len(series):  # several dates of one patch: their mean
@@ -328,7 +337,12 @@ def _s1(bands: tuple[str, ...] = ("VV", "VH"), **changes: Any) -> dict[str, Any]
 
 
 _AERIAL = {"sensor": "treesatai-aerial", "bands": ("nir", "red", "green", "blue"), "gsd_m": 0.2, "projector": "image"}
-_FLAIR = {"sensor": "flair-aerial", "bands": ("red", "green", "blue", "nir", "elevation"), "gsd_m": 0.2, "projector": "image"}
+_FLAIR = {
+    "sensor": "flair-aerial",
+    "bands": ("red", "green", "blue", "nir", "elevation"),
+    "gsd_m": 0.2,
+    "projector": "image",
+}
 _SPOT = {"sensor": "spot-6-7", "bands": ("red", "green", "blue"), "gsd_m": 1.0, "projector": "image"}
 _PASTIS_DAYS = {"period_days": 734.0, "origin": "2018-09-01"}
 
@@ -338,7 +352,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dim": 32,
         "depth": 2,
         "heads": 4,
-        "modalities": {"spot": _SPOT, "s2": _s2(), "s1": _s1(), "s2-mono": _s2(projector="mono")},
+        "modalities": {
+            "spot": _SPOT,
+            "texture": {**_SPOT, "projector": "texture"},
+            "s2": _s2(),
+            "s1": _s1(),
+            "s2-mono": _s2(projector="mono"),
+        },
     },
     "treesat": {"grid": 6, "modalities": {"aerial": _AERIAL, "s2": _s2(), "s1-asc": _s1()}},
     "treesat-mono": {

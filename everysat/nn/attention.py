@@ -20,15 +20,24 @@ CHUNK_ELEMENTS = 4_000_000
 
 
 class RelativeTable(nn.Module):
-    """Table [1, head_dim, 8] of the iRPE bias: query i and key j get q_i . table[:, bucket(i, j)], one table for all heads."""
+    """Table [1, head_dim, 8] of the iRPE bias: query i and key j get q_i . table[:, bucket(i, j)], one table for all heads.
 
-    def __init__(self, head_dim: int) -> None:
+    With ``locality`` above 0, each head also has a learned bias per bucket that does not depend on the query, and begins by
+    favouring near cells, up to ``locality`` per cell in the last head (as in ALiBi, Press et al. 2022). The published model
+    has none; small training sets need it, since a table of zeros looks everywhere alike.
+    """
+
+    def __init__(self, head_dim: int, heads: int = 1, locality: float = 0.0) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(1, head_dim, BUCKETS))
+        slope = torch.linspace(0.0, locality, heads)[:, None]
+        cells = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.5, 4.0, 0.0])  # by bucket; the prefix is near to all
+        self.near = nn.Parameter(-slope * cells) if locality else None
 
     def forward(self, query: Tensor) -> Tensor:
         """Bias of each query [batch, head, query, head_dim] for each bucket, [batch, head, query, 8]."""
-        return query @ self.table
+        bias = query @ self.table
+        return bias if self.near is None else bias + self.near[:, None]
 
 
 def attend(
@@ -129,11 +138,11 @@ class Mlp(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention; with ``relative``, the bias uses the scaled query, as in iRPE."""
 
-    def __init__(self, dim: int, heads: int, *, relative: bool, dropout: float = 0.0, attention_dropout: float = 0.0):
+    def __init__(self, dim: int, heads: int, *, relative: bool, locality: float = 0.0, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.attention_dropout = heads, attention_dropout
+        self.heads, self.attention_dropout = heads, dropout
         self.qkv, self.proj, self.dropout = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.Dropout(dropout)
-        self.relative = RelativeTable(dim // heads) if relative else None
+        self.relative = RelativeTable(dim // heads, heads, locality) if relative else None
 
     def forward(self, x: Tensor, grid: Grid | None, keep: Tensor | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -147,10 +156,19 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, dim: int, heads: int, *, relative: bool, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        relative: bool,
+        locality: float = 0.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, heads, relative=relative, dropout=dropout, attention_dropout=dropout)
+        self.attn = SelfAttention(dim, heads, relative=relative, locality=locality, dropout=dropout)
         self.mlp, self.drop_path = Mlp(dim, 4 * dim, dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid | None = None, keep: Tensor | None = None) -> Tensor:
@@ -161,13 +179,13 @@ class Block(nn.Module):
 class CrossAttention(nn.Module):
     """One learned query per output token, the same for every sample, reads all tokens. The bias uses the unscaled query."""
 
-    def __init__(self, dim: int, heads: int, *, relative: bool, dropout: float = 0.0, attention_dropout: float = 0.0):
+    def __init__(self, dim: int, heads: int, *, relative: bool, locality: float = 0.0, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.attention_dropout = heads, attention_dropout
+        self.heads, self.attention_dropout = heads, dropout
         self.query = nn.Parameter(torch.zeros(1, 1, dim))
         self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.proj, self.dropout = nn.Linear(dim, dim), nn.Dropout(dropout)
-        self.relative = RelativeTable(dim // heads) if relative else None
+        self.relative = RelativeTable(dim // heads, heads, locality) if relative else None
 
     def forward(self, x: Tensor, position: Tensor, queries: Grid, keys: Grid, keep: Tensor | None) -> Tensor:
         def split(t: Tensor) -> Tensor:
@@ -185,10 +203,19 @@ class CrossAttention(nn.Module):
 class CrossBlock(nn.Module):
     """Cross-attention without a residual (the queries carry no content), then x + mlp(norm x)."""
 
-    def __init__(self, dim: int, heads: int, *, relative: bool, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        relative: bool,
+        locality: float = 0.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = CrossAttention(dim, heads, relative=relative, dropout=dropout, attention_dropout=dropout)
+        self.attn = CrossAttention(dim, heads, relative=relative, locality=locality, dropout=dropout)
         self.mlp, self.drop_path = Mlp(dim, 4 * dim, dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, position: Tensor, queries: Grid, keys: Grid, keep: Tensor | None = None) -> Tensor:

@@ -47,6 +47,37 @@ class PatchCnn(nn.Module):
         return x.flatten(1), found
 
 
+class TexturePool(nn.Module):
+    """Each small patch to one vector: mean and standard deviation over the patch of the bands and of learned 3 x 3 features.
+
+    For patches of a few pixels, where pooling level by level has nothing to descend. Invalid pixels count in neither.
+    """
+
+    def __init__(self, bands: int, dim: int, patch: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.spread = patch > 1
+        side = 3 if patch > 1 else 1
+        self.conv = nn.Conv2d(
+            bands, hidden, side, padding=side // 2, padding_mode="replicate" if patch > 1 else "zeros"
+        )
+        self.mix = nn.Conv2d(hidden, hidden, 1)
+        width = (bands + hidden) * (2 if self.spread else 1)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, patches: Tensor, valid: Tensor) -> Tensor:
+        """Vectors [n, dim] of patches [n, band, y, x] with ``valid`` [n, y, x]; invalid pixels must hold 0."""
+        hidden = F.gelu(self.mix(F.gelu(self.conv(patches))))
+        x = torch.cat([patches, hidden], 1).float()
+        weight = valid[:, None].to(x.dtype)
+        count = weight.sum((2, 3)).clamp(min=1)
+        mean = (x * weight).sum((2, 3)) / count
+        parts = [mean]
+        if self.spread:
+            variance = ((x - mean[:, :, None, None]).square() * weight).sum((2, 3)) / count
+            parts.append((variance + 1e-4).sqrt())
+        return self.out(torch.cat(parts, 1))
+
+
 class Residual(nn.Module):
     """x + norm(conv(gelu(norm(conv x)))), then GELU. One norm serves twice, as in the published model."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everysat.nn.patch import PatchCnn, PatchDecoder, pooled_sizes
+from everysat.nn.patch import PatchCnn, PatchDecoder, TexturePool, pooled_sizes
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,18 @@ def test_inference_in_parts_equals_training_path_in_eval_mode() -> None:
 def test_too_small_a_patch_is_refused() -> None:
     with pytest.raises(ValueError, match="patch=2 pixels is too small"):
         PatchCnn(3, 8, 2)
+
+
+@pytest.mark.parametrize("patch", [1, 3, 6])
+def test_texture_of_a_patch_ignores_invalid_pixels_and_turns(patch) -> None:
+    torch.manual_seed(0)
+    pool, x = TexturePool(3, 8, patch), torch.randn(5, 3, patch, patch)
+    everything = torch.ones(5, patch, patch, dtype=torch.bool)
+    assert pool(x, everything).shape == (5, 8)
+    pool.conv.weight.data = pool.conv.weight.data + pool.conv.weight.data.rot90(2, (2, 3))
+    torch.testing.assert_close(pool(x, everything), pool(x.rot90(2, (2, 3)), everything))
+    if patch > 1:
+        some = everything.clone()
+        some[:, 0] = False
+        seen = torch.where(some[:, None], x, 0.0)
+        assert not torch.allclose(pool(seen, some), pool(seen, everything))
