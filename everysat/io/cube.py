@@ -53,7 +53,16 @@ class CubePixels:
 
 
 def _values(array: xr.DataArray, where: Mapping[str, Any], dims: tuple[str, str]) -> np.ndarray:
-    return array.isel(where).transpose(*dims).to_numpy()
+    values = array.isel(where).transpose(*dims).to_numpy()
+    return values.view(_dtype(array)) if _dtype(array) != values.dtype else values
+
+
+def _dtype(array: xr.DataArray) -> np.dtype:
+    """Type of the stored numbers; NetCDF may keep unsigned ones in a signed type and say so."""
+    told = array.attrs.get("_Unsigned", array.encoding.get("_Unsigned", ""))
+    if str(told).lower() == "true" and array.dtype.kind == "i":
+        return np.dtype(f"u{array.dtype.itemsize}")
+    return array.dtype
 
 
 def open_cube(path: str) -> xr.Dataset:
@@ -107,7 +116,7 @@ def _variable_planes(
     nodata = attrs.get("_FillValue", attrs.get("missing_value", attrs.get("nodata")))
     tags = {**dataset.attrs, **array.attrs}
     shared = Plane(
-        name, None, "", geobox, str(array.dtype), 1, flip=(flip_y, flip_x), tags=tags,
+        name, None, "", geobox, str(_dtype(array)), 1, flip=(flip_y, flip_x), tags=tags,
         nodata=None if nodata is None else float(np.ravel(nodata)[0]),
         scale=float(attrs.get("scale_factor", 1.0)) if scaled else None,
         offset=float(attrs.get("add_offset", 0.0)) if scaled else None,
@@ -171,7 +180,7 @@ def _span_of(start: float, daily: bool) -> Span:
 
 def _geobox(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, str], crs: Any, name: str) -> GeoBox:
     found, transform = _crs_of(dataset, array)
-    found = found or (CRS(crs) if crs is not None else None)
+    found = found or (grid.plain_crs(crs) if crs is not None else None)
     if found is None and dims[1].lower() in _X[1:3]:
         found = CRS("EPSG:4326")  # CF: axes called longitude and latitude are in degrees
     if found is None:
@@ -207,12 +216,12 @@ def _crs_of(dataset: xr.Dataset, array: xr.DataArray) -> tuple[CRS | None, Affin
         attrs = spot.attrs
         for key in _CRS_ATTRIBUTES:
             if key in attrs:
-                found = CRS(f"EPSG:{attrs[key]}" if str(attrs[key]).isdigit() else attrs[key])
-                return found, _transform(attrs)
+                code = f"EPSG:{attrs[key]}" if str(attrs[key]).isdigit() else attrs[key]
+                return grid.plain_crs(code), _transform(attrs)
         if "grid_mapping_name" in attrs:
             from pyproj import CRS as ProjCRS
 
-            return CRS(ProjCRS.from_cf(dict(attrs)).to_wkt()), _transform(attrs)
+            return grid.plain_crs(ProjCRS.from_cf(dict(attrs)).to_wkt()), _transform(attrs)
     return None, None
 
 

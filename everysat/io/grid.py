@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from affine import Affine
+from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from pyproj import Geod, Transformer
 
@@ -16,6 +18,14 @@ FIT = 0.01
 """Grids whose pixel edges differ by less than this share of a pixel are the same grid."""
 
 
+def plain_crs(crs: object) -> CRS:
+    """The CRS by its EPSG code where it has one: files spell the same CRS in many ways, which would not compare equal."""
+    found = CRS(crs)
+    code = found.to_epsg()
+    return found if code is None else CRS(f"EPSG:{code}")
+
+
+@lru_cache(maxsize=4096)
 def pixel_m(geobox: GeoBox) -> tuple[float, float]:
     """Height and width of the central pixel on the ground, metres.
 
@@ -42,7 +52,7 @@ def is_square(geobox: GeoBox) -> bool:
 
 
 def gsd_m(geobox: GeoBox) -> float:
-    """Ground sampling distance of a grid of square pixels, metres, free of rounding noise."""
+    """Ground sampling distance, metres, free of rounding noise; of pixels that are not square, the geometric mean."""
     height, width = pixel_m(geobox)
     return float(f"{math.sqrt(height * width):.6g}")
 

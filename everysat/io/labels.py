@@ -19,29 +19,31 @@ SENSOR_TAG = "everysat_sensor"
 _PRODUCTS = (
     (r"S2[A-D]_MSIL1C_", "sentinel-2-l1c"),
     (r"S2[A-D]_MSIL2A_", "sentinel-2-l2a"),
-    (r"(?<![A-Z0-9])T\d{2}[A-Z]{3}_\d{8}T\d{6}_(B\d[\dA]|SCL|AOT|WVP)_\d0m", "sentinel-2-l2a"),
+    (r"(?<![A-Z0-9])T\d{2}[A-Z]{3}_\d{8}T\d{6}_SCL_\d0m", "sentinel-2-scl"),
+    (r"(?<![A-Z0-9])T\d{2}[A-Z]{3}_\d{8}T\d{6}_B\d[\dA]_\d0m", "sentinel-2-l2a"),
     (r"(?<![A-Z0-9])T\d{2}[A-Z]{3}_\d{8}T\d{6}_B\d[\dA](?!\w)", "sentinel-2-l1c"),
     (r"S1[A-D]_(IW|EW|SM)_GRD[FHM]_", "sentinel-1-grd"),
-    (r"L[CO]0(?P<n>[89])_L1", "landsat-{n}-l1"),
-    (r"L[CO]0(?P<n>[89])_L2", "landsat-{n}-l2"),
-    (r"LE07_L1", "landsat-7-l1"),
-    (r"LE07_L2", "landsat-7-l2"),
-    (r"LT05_L1", "landsat-5-l1"),
-    (r"LT05_L2", "landsat-5-l2"),
+    (r"L[A-Z]0\d_L[12]\w+_QA_PIXEL", "landsat-qa-pixel"),
+    (r"L[CO]0(?P<n>[89])_L1", "landsat-{n}-oli-l1"),
+    (r"L[CO]0(?P<n>[89])_L2", "landsat-{n}-oli"),
+    (r"LE07_L1", "landsat-7-etm-l1"),
+    (r"LE07_L2", "landsat-7-etm"),
+    (r"LT05_L2", "landsat-5-tm"),
+    (r"HLS\.[LS]30\..*Fmask", "hls-fmask"),
     (r"HLS\.L30\.", "hls-l30"),
     (r"HLS\.S30\.", "hls-s30"),
-    (r"Copernicus_DSM_(COG|30m)_10_", "copernicus-dem-30"),
-    (r"ENMAP\d\d-+L2A", "enmap-l2a"),
+    (r"Copernicus_DSM_(COG|30m)_", "copernicus-dem"),
+    (r"ESA_WorldCover_10m_", "esa-worldcover"),
+    (r"ENMAP\d\d[-_]+L2A", "enmap"),
 )
 
 
 def by_product(path: str) -> Sensor | None:
     """The sensor whose product naming convention, or whose own name, ``path`` follows; None when it says nothing clear."""
     known = sensors.names()
-    for pattern, name in _PRODUCTS:
-        if match := re.search(pattern, path):
-            found = name.format(**match.groupdict())
-            if found in known:
+    for part in reversed(PurePath(path).parts):
+        for pattern, name in _PRODUCTS:
+            if (match := re.search(pattern, part)) and (found := name.format(**match.groupdict())) in known:
                 return sensors.get(found)
     text = PurePath(path).name.lower().replace("_", "-")
     named = [name for name in known if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", text)]
@@ -62,7 +64,7 @@ def band_in(text: str, sensor: Sensor) -> Band | None:
     if text in sensor:
         return sensor[text]
     found = {sensor[word].name: word for word in tokens(text) if word in sensor}
-    if len(found) > 1:  # a true name wins over aliases: "lake_blue_B04" is still two bands, "green_valley_B04" too
+    if len(found) > 1:
         raise ValueError(
             f"{text!r} names {' and '.join(sorted(found))} of {sensor.name}; rename it so that it names one band, or give order=[...]"
         )

@@ -35,20 +35,30 @@ class Handles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, tuple[Any, threading.Lock]] = OrderedDict()
+        self._open: OrderedDict[tuple[str, tuple[int, int]], tuple[Any, threading.Lock]] = OrderedDict()
 
     def get(self, path: str, opener: Callable[[str], Any]) -> tuple[Any, threading.Lock]:
+        key = path, _stamp(path)
         with self._lock:
-            if path not in self._open:
-                self._open[path] = (opener(path), threading.Lock())
+            if key not in self._open:
+                self._open[key] = (opener(path), threading.Lock())
                 if len(self._open) > OPEN_FILES:
                     self._open.popitem(last=False)
-            self._open.move_to_end(path)
-            return self._open[path]
+            self._open.move_to_end(key)
+            return self._open[key]
 
     def forget(self) -> None:
         """Start anew: what a forked process inherits shares file positions and locks with its parent."""
         self.__init__()  # type: ignore[misc]
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """What changes when the file at ``path`` is replaced."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns
 
 
 HANDLES = Handles()
@@ -80,7 +90,6 @@ class FilePixels:
     path: str
     index: int
     masked: bool
-    key: tuple[float, int]
 
     def read(self, rows: slice, cols: slice, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Digital numbers, and where they are valid if the file has a mask; decimated to ``shape`` when given."""
@@ -101,7 +110,8 @@ class Plane:
     """Metadata of a plane, and its pixels on demand.
 
     ``geobox`` is north-up (``flip`` says which axes of the stored array run the other way). ``nodata``, ``scale``,
-    ``offset`` and ``unit`` are what the file itself says, None or empty when it does not.
+    ``offset`` and ``unit`` are what the file itself says, None or empty when it does not. ``alpha`` marks a band that says
+    where the others are valid, or that some writer took for such a one because it was the fourth.
     """
 
     source: str
@@ -118,6 +128,7 @@ class Plane:
     flip: tuple[bool, bool] = (False, False)
     tags: Mapping[str, Any] = field(default_factory=dict, repr=False)
     sensor: Sensor | None = None
+    alpha: bool = False
 
     @property
     def name(self) -> str:
@@ -183,17 +194,16 @@ def _file_planes(path: str, crs: Any) -> list[Plane]:
             )
         if dataset.transform.is_identity:
             raise ValueError(f"{path} has no georeference: it has a CRS but no transform from pixels to coordinates")
-        geobox = GeoBox(dataset.shape, dataset.transform, dataset.crs or crs)
+        geobox = GeoBox(dataset.shape, dataset.transform, grid.plain_crs(dataset.crs or crs))
         geobox, flip_y, flip_x = grid.north_up(geobox)
-        key = (os.path.getmtime(path), os.path.getsize(path)) if Path(path).exists() else (0.0, 0)
         tags = dataset.tags()
         sensor = labels.from_json(tags.get(labels.SENSOR_TAG, ""))
         when = dates.in_tags(tags) or dates.in_name(Path(path).name) or dates.in_name(_product(path))
         shared = Plane(path, None, "", geobox, "", dataset.count, flip=(flip_y, flip_x), tags=tags, sensor=sensor, time=when)
-        return [_band_plane(dataset, index, shared, key) for index in dataset.indexes if not _is_alpha(dataset, index)]
+        return [_band_plane(dataset, index, shared) for index in dataset.indexes]
 
 
-def _band_plane(dataset: Any, index: int, shared: Plane, key: tuple[float, int]) -> Plane:
+def _band_plane(dataset: Any, index: int, shared: Plane) -> Plane:
     flags = dataset.mask_flag_enums[index - 1]
     masked = MaskFlags.per_dataset in flags or MaskFlags.alpha in flags
     scale, offset = dataset.scales[index - 1], dataset.offsets[index - 1]
@@ -201,7 +211,7 @@ def _band_plane(dataset: Any, index: int, shared: Plane, key: tuple[float, int])
     tags = dataset.tags(index)
     return replace(
         shared,
-        pixels=FilePixels(shared.source, index, masked, key),
+        pixels=FilePixels(shared.source, index, masked),
         label=dataset.descriptions[index - 1] or "",
         dtype=dataset.dtypes[index - 1],
         nodata=dataset.nodatavals[index - 1],
@@ -210,11 +220,8 @@ def _band_plane(dataset: Any, index: int, shared: Plane, key: tuple[float, int])
         unit=dataset.units[index - 1] or "",
         time=dates.in_tags(tags) or shared.time,
         tags={**shared.tags, **tags},
+        alpha=dataset.colorinterp[index - 1].name == "alpha",
     )
-
-
-def _is_alpha(dataset: Any, index: int) -> bool:
-    return dataset.colorinterp[index - 1].name == "alpha"
 
 
 def _product(path: str) -> str:

@@ -1,0 +1,118 @@
+"""Read rasters of any sensor into layers over a place: :func:`read`, :func:`open_scene`, :func:`place`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from everysat.io import grid, plan, warp
+from everysat.io.assign import Wanted
+from everysat.io.place import place as place
+from everysat.io.scene import Clear, Scene
+from everysat.types import Batch, Input, Place
+
+
+def read(
+    files: Any,
+    *,
+    sensor: Wanted = None,
+    place: Place | None = None,
+    bands: Sequence[str] | None = None,
+    order: Sequence[str] | None = None,
+    gsd_m: float | None = None,
+    times: Any = None,
+    resampling: str = "auto",
+    names: Mapping[str, str] | None = None,
+    valid: Mapping[str, Clear] | None = None,
+    stored: str = "auto",
+    processing_baseline: str | None = None,
+    crs: Any = None,
+    nodata: float | None = None,
+    inputs: Mapping[str, Input] | None = None,
+) -> Batch:
+    """The layers of one place, in physical units.
+
+    Args:
+        files: one or several of: GeoTIFF, COG, JP2 and whatever else GDAL reads, ``.nc``, ``.zarr``, xarray objects with a
+            CRS. One file may hold one band or many, one date or many; the files may come from several sensors and tiles.
+        sensor: name, table or :class:`~everysat.sensors.Sensor`, or a mapping from file name patterns to these; inferred from
+            product names, band names and the tags of this package when that leaves no choice.
+        place: where to read; files are warped to its grid when theirs differs, and are untouched where theirs fits.
+            Without it: the extent of the files on the grid of their finest band (in the local UTM zone for files in degrees).
+        bands: read these alone, in this order.
+        order: names of the bands of each file in file order, for files whose bands have no names.
+        gsd_m: resample everything to this ground sampling distance, metres. Without it bands keep their own, and those of
+            different resolution are layers of their own.
+        times: dates where files do not tell: one for all (a tuple is a start and an end), a list with one for each file (or
+            for each step of a single file), or a mapping from file names. See :func:`everysat.io.dates.span`.
+        resampling: ``auto`` (nearest for classes; average when coarsening, of radar in linear power; bilinear else) or
+            ``nearest``, ``bilinear``, ``cubic``, ``average``, ``mode``.
+        names: new names of layers by their default ones.
+        valid: masks: a word of a file's or band's name, or the path of a mask, with the codes that mean clear (or a
+            function from codes to bool, for bit flags): ``{"fmask": (0, 1)}``.
+        stored: what the files hold: ``digital`` numbers, ``physical`` values, or ``auto`` to tell from type, scale and unit.
+        processing_baseline: of Sentinel-2, such as ``"04.00"``, where product names and tags do not say it.
+        crs: of files that do not tell their CRS.
+        nodata: digital number of pixels without data, where files and sensor do not tell or tell wrongly.
+        inputs: the band contract of an encoder, ``encoder.inputs``: names, bands and resolutions of the layers are its.
+
+    Returns:
+        A batch of one. Layers are named as in ``inputs``, else by sensor and ground sampling distance:
+        ``sentinel-2-l1c-10m``. Observations are in the order of their dates; what is no data, masked, or outside the
+        files is invalid. The place has the geobox and the longitude and latitude of its centre.
+
+    Raises:
+        OSError: a file is missing, truncated or corrupt.
+        LookupError: a sensor or band is unknown or cannot be told.
+        ContractError: a band is missing, or values are not in the unit that the sensor says.
+        ValueError: no CRS, no overlap with the place, dates missing, names ambiguous, arguments that do not fit.
+    """
+    options = {key: value for key, value in locals().items() if key != "files"}
+    return open_scene(files, **options).read()
+
+
+def open_scene(
+    files: Any,
+    *,
+    sensor: Wanted = None,
+    place: Place | None = None,
+    bands: Sequence[str] | None = None,
+    order: Sequence[str] | None = None,
+    gsd_m: float | None = None,
+    times: Any = None,
+    resampling: str = "auto",
+    names: Mapping[str, str] | None = None,
+    valid: Mapping[str, Clear] | None = None,
+    stored: str = "auto",
+    processing_baseline: str | None = None,
+    crs: Any = None,
+    nodata: float | None = None,
+    inputs: Mapping[str, Input] | None = None,
+) -> Scene:
+    """Like :func:`read`, but reads metadata alone: pixels come with ``scene.read(window)``, for areas larger than memory."""
+    warp.method_for(1.0, 1.0, False, resampling)
+    if gsd_m is not None and not gsd_m > 0:
+        raise ValueError(f"gsd_m={gsd_m} must be positive (metres)")
+    if place is not None and place.geobox is None:
+        raise ValueError("place has no geobox: it does not say where it lies. Make it with everysat.place(...)")
+    options = plan.Options(
+        sensor, bands, order, gsd_m, times, resampling, names or {}, valid or {}, stored, processing_baseline, crs,
+        nodata, inputs,
+    )  # fmt: skip
+    opened, masks = plan.open_all(_listed(files), options)
+    plans = plan.layers(plan.find_bands(opened, options), masks, options)
+    if place is None:
+        base = plan.base_grid(plans)
+        geobox = base if gsd_m is None else grid.at_gsd(base, gsd_m)
+    else:
+        geobox = place.geobox
+    return Scene(grid.place_of(geobox), plan.over(plans, geobox))
+
+
+def _listed(files: Any) -> list[Any]:
+    single = isinstance(files, (str, os.PathLike)) or hasattr(files, "dims")
+    listed = [files] if single else list(files)
+    if not listed:
+        raise ValueError("files is empty: give at least one file")
+    return listed
