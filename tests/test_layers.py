@@ -16,6 +16,8 @@ LAYERS = (
     ("types",),
     ("io", "nn"),
     ("data", "models", "objectives", "tasks", "baselines"),
+    ("recipe",),
+    ("recipe", "manifest", "checkpoint"),
     ("train", "predict", "evaluate", "store", "report"),
     ("cli", "serve"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -41,12 +41,16 @@ class Pooled:
 
 
 def band_statistics(
-    dataset: Dataset, names: Iterable[str] | None = None, *, places: int | None = None
+    dataset: Dataset,
+    names: Iterable[str] | None = None,
+    *,
+    places: int | None = None,
+    inputs: Mapping[str, Input] | None = None,
 ) -> dict[str, Moments]:
     """``{layer: (mean, std)}`` per band, pooled over the valid pixels of all places and dates, in the band's unit.
 
     One pass, one place in memory at a time. ``places`` looks at that many, evenly spread, instead of all. ``names``: layers;
-    by default all rasters that are not classes.
+    by default all rasters that are not classes. ``inputs`` says which bands of a layer are meant, in which order.
 
     Raises:
         LookupError: a named layer is nowhere in the dataset. ValueError: a band is valid nowhere, or its layer changes bands.
@@ -59,6 +63,7 @@ def band_statistics(
                 raster.sensor.kind == "classes" if wanted is None else name not in wanted
             ):
                 continue
+            raster = inputs[name].fit(raster, name) if inputs and name in inputs else raster
             bands, pool = pooled.setdefault(name, (raster.sensor.names, Pooled(len(raster.sensor.bands))))
             if raster.sensor.names != bands:
                 raise ValueError(f"layer {name!r} has bands {raster.sensor.names} in place {index}, {bands} before")
