@@ -1,0 +1,268 @@
+"""The command line: a few verbs, each thin over the Python function of the same name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Earth observation for any sensor: pre-train, fine-tune, embed, map. Start with: everysat demo",
+)
+
+Files = Annotated[
+    list[str], typer.Argument(help="GeoTIFF, COG, JP2, NetCDF or Zarr; one band or many, one date or many")
+]
+Model = Annotated[str, typer.Argument(help="a saved model (.safetensors), or a name such as omnisat/treesat")]
+Sensor = Annotated[str | None, typer.Option(help="name or .toml of the files' sensor, where they do not tell")]
+Times = Annotated[
+    list[str] | None, typer.Option("--time", help="date of each file, where they do not tell (2024-05-31)")
+]
+Where = Annotated[str | None, typer.Option("--place", help="GeoJSON/GPKG, raster, or lon,lat or west,south,east,north")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="change one entry, such as steps=2000 or model.options.dim=64")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+
+
+@app.command()
+def sensors(name: Annotated[str | None, typer.Argument(help="one sensor in detail")] = None) -> None:
+    """The sensors that are described, or the bands of one."""
+    from everysat import sensors as tables
+    from everysat.table import Table
+
+    if name is None:
+        found = [tables.get(each) for each in tables.names()]
+        rows = [(s.name, s.kind, len(s.bands), f"{min(b.gsd_m for b in s.bands):g}", s.title) for s in found]
+        _print(Table("Sensors", ("name", "kind", "bands", "finest m", "what"), tuple(rows)))
+        return
+    sensor = tables.get(name)
+    rows = [
+        (
+            b.name,
+            f"{b.gsd_m:g}",
+            b.unit,
+            _or_dash(b.wavelength_um),
+            _or_dash(b.width_um),
+            b.polarisation or "",
+            ", ".join(b.aliases),
+            b.description,
+        )
+        for b in sensor.bands
+    ]
+    names = ("band", "gsd_m", "unit", "wavelength_um", "width_um", "polarisation", "aliases", "what")
+    _print(Table(sensor.title, names, tuple(rows), (f"Source: {sensor.source}",)))
+
+
+@app.command()
+def inspect(
+    files: Files,
+    model: Annotated[str | None, typer.Option(help="compare with this model's band contract")] = None,
+    sensor: Sensor = None,
+    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """What is in files: bands, grid, CRS, dates, no-data, values - and what does not fit a model."""
+    from everysat.io.inspect import inspect as look
+
+    contract = None if model is None else _encoder(model).inputs
+    report = look(files, contract, sensor=sensor)
+    if json:
+        import json as format
+
+        print(format.dumps(report.to_dict(), indent=1))
+    else:
+        _console().print(report)
+    raise typer.Exit(1 if report.problems and model else 0)
+
+
+@app.command()
+def pretrain(recipe: str, settings: Settings = None, quiet: Quiet = False) -> None:
+    """Pre-train without labels, as a recipe (a YAML file, or the name of a shipped one) says. Again to resume."""
+    _train(recipe, settings, quiet, "objective")
+
+
+@app.command()
+def finetune(recipe: str, settings: Settings = None, quiet: Quiet = False) -> None:
+    """Train for a task with labels, as a recipe says. Again to resume."""
+    _train(recipe, settings, quiet, "task")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    files: Files,
+    labels: Annotated[Path, typer.Option(help="polygons (GPKG, GeoJSON, GeoParquet)")],
+    column: Annotated[str, typer.Option(help="which attribute holds the class")],
+    how: Annotated[str, typer.Option(help="probe (logistic regression) or knn")] = "probe",
+    fractions: Annotated[str, typer.Option(help="shares of the training polygons that are labelled")] = "0.02,0.1,1",
+    seeds: Annotated[int, typer.Option(help="draws of training labels")] = 5,
+    block_m: Annotated[
+        float, typer.Option(help="side of the blocks of ground that are tested together, metres")
+    ] = 1500.0,
+    only: Annotated[str | None, typer.Option(help="layers that are given to the model, all by default")] = None,
+    baselines: Annotated[bool, typer.Option(help="also without learned weights")] = True,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="table as .csv, .md or .json")] = None,
+    sensor: Sensor = None,
+    times: Times = None,
+    place: Where = None,
+    quiet: Quiet = False,
+) -> None:
+    """How well a model's frozen features tell classes apart, from few labelled polygons, on ground that was held out."""
+    from everysat import polygons
+
+    encoder = _encoder(model)
+    table = polygons.compare(
+        {Path(model).stem: encoder},
+        _scene(files, encoder, sensor, times, place).read(),
+        labels,
+        column,
+        fractions=[float(part) for part in fractions.split(",")],
+        draws=seeds,
+        block_m=block_m,
+        layers={"all": ()} if only is None else {only: tuple(only.split(","))},
+        baselines=baselines,
+        how=how,
+        quiet=quiet,
+    )
+    _print(table)
+    if out is not None:
+        table.save(out)
+        print(out)
+
+
+@app.command()
+def predict(
+    model: Model,
+    files: Files,
+    out: Annotated[Path, typer.Option("--out", "-o", help="map, a Cloud-Optimized GeoTIFF")],
+    labels: Annotated[
+        Path | None, typer.Option(help="polygons to learn the classes from, for a model without a task")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="which attribute holds the class")] = None,
+    gsd_m: Annotated[float | None, typer.Option(help="pixel of the map, metres; the finest input by default")] = None,
+    shifts: Annotated[int, typer.Option(help="token grids per axis for maps finer than tokens")] = 1,
+    sensor: Sensor = None,
+    times: Times = None,
+    place: Where = None,
+    quiet: Quiet = False,
+) -> None:
+    """A map and its confidence, of an area of any size. Interrupted, the same command goes on."""
+    from everysat import polygons
+    from everysat.models import weights
+    from everysat.predict import predict as run
+
+    if labels is None:
+        encoder, task = weights.load_task(model)
+        mapper: Any = polygons.task_mapper(encoder, task)
+        scene = _scene(files, encoder, sensor, times, place)
+    else:
+        if column is None:
+            raise ValueError("--labels needs --column, the attribute that holds the class")
+        encoder = _encoder(model)
+        scene = _scene(files, encoder, sensor, times, place)
+        mapper = polygons.probe_mapper(encoder, scene.read(), labels, column, gsd_m=gsd_m, shifts=shifts)
+    for what, path in run(mapper, scene, out, quiet=quiet).items():
+        print(f"{what}: {path}")
+
+
+@app.command()
+def embed(
+    model: Model,
+    files: Files,
+    out: Annotated[Path, typer.Option("--out", "-o", help=".zarr, .tif or .parquet")],
+    sensor: Sensor = None,
+    times: Times = None,
+    place: Where = None,
+) -> None:
+    """Features of a place, as a Zarr store, a Cloud-Optimized GeoTIFF or GeoParquet."""
+    from everysat.io.write import write
+
+    encoder = _encoder(model)
+    print(write(encoder.embed(_scene(files, encoder, sensor, times, place).read()), out))
+
+
+@app.command()
+def convert(
+    name: Annotated[str, typer.Argument(help="model and variant that the file holds, such as omnisat/treesat")],
+    file: Annotated[Path, typer.Argument(help="published checkpoint: .pth, .ckpt or .safetensors")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the .safetensors")],
+    licence: Annotated[str | None, typer.Option(help="of the weights, for the contract")] = None,
+    source: Annotated[str | None, typer.Option(help="where the weights come from, for the contract")] = None,
+) -> None:
+    """Published weights under the names used here, with a contract beside them. The only command that unpickles."""
+    from everysat.models import weights
+
+    print(weights.convert(name, file, out, licence=licence, source=source))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the results")] = Path("demo"),
+    short: Annotated[
+        bool, typer.Option("--short", help="a minute instead of several; scores mean little then")
+    ] = False,
+) -> None:
+    """Learn from an unlabelled real Sentinel-2 scene, then map land use from a few polygons. Again to resume."""
+    from everysat.demo import run
+
+    run(out, short=short)
+
+
+def _train(recipe: str, settings: list[str] | None, quiet: bool, kind: str) -> None:
+    from everysat.recipe import Recipe
+    from everysat.train import train
+
+    loaded = Recipe.load(recipe, settings or ())
+    if getattr(loaded, kind) is None:
+        other = "finetune" if kind == "objective" else "pretrain"
+        raise ValueError(f"recipe {recipe} has no {kind}; run it with: everysat {other} {recipe}")
+    print(train(loaded, quiet=quiet).weights)
+
+
+def _encoder(model: str) -> Any:
+    from everysat.models import weights
+
+    return weights.load(model)
+
+
+def _scene(files: list[str], encoder: Any, sensor: str | None, times: list[str] | None, place: str | None) -> Any:
+    from everysat.io import read
+
+    where = None if place is None else read.place(place, gsd_m=min(i.gsd_m for i in encoder.inputs.values()))
+    return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=encoder.inputs)
+
+
+def _or_dash(number: float | None) -> str:
+    return "" if number is None else f"{number:g}"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print(table: Any) -> None:
+    _console().print(table)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, LookupError, OSError, ImportError) as error:
+        message = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+        print(f"everysat: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("everysat: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
