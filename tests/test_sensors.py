@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -229,3 +230,21 @@ def test_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
 def test_two_bands_of_one_name_are_refused_in_python_too() -> None:
     with pytest.raises(ValueError, match="names both"):
         Sensor("x", "sar", (Band("VV", 10, "dB"), Band("vv", 10, "dB")), "me")
+
+
+@pytest.mark.parametrize("sensor", ALL, ids=lambda s: s.name)
+def test_a_sensor_survives_as_a_table_in_memory(sensor: Sensor) -> None:
+    """As models keep it in their settings: through JSON, where keys are strings and there are no tuples."""
+    table = sensors.to_table(sensor)
+    assert json.loads(json.dumps(table)) == table
+    assert sensors.from_table(sensor.name, table) == sensor
+
+
+def test_a_table_in_memory_may_build_on_a_sensor() -> None:
+    table = {"like": "naip", "without": ["nir"], "defaults": {"gsd_m": 1}}
+    made = sensors.from_table("naip-1m", table)
+    assert made.names == ("red", "green", "blue")
+    assert {band.gsd_m for band in made.bands} == {1}
+    assert table == {"like": "naip", "without": ["nir"], "defaults": {"gsd_m": 1}}, "left as it was"
+    with pytest.raises(ValueError, match=r"sensor x: unknown key 'bnads'. Did you mean bands"):
+        sensors.from_table("x", {"bnads": []})

@@ -245,3 +245,16 @@ def from_table(name: str, table: Mapping[str, Any]) -> Sensor:
     _refuse_unknown(table, TABLE_KEYS, f"sensor {name}")
     base = get(table["like"]) if "like" in table else None
     return _sensor(name, dict(table), base)
+
+
+def to_table(sensor: Sensor) -> dict[str, Any]:
+    """The content of a TOML or JSON table, less the name, from which :func:`from_table` makes this sensor again."""
+    table = {key: value for key, value in vars(sensor).items() if value and key not in ("name", "bands")}
+    return {**table, "bands": [_entry(band) for band in sensor.bands]}
+
+
+def _entry(band: Band) -> dict[str, Any]:
+    entry = {f.name: getattr(band, f.name) for f in fields(Band) if getattr(band, f.name) != f.default}
+    if band.classes is not None:
+        entry["classes"] = {str(code): label for code, label in band.classes.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
