@@ -529,9 +529,16 @@ class Task(Objective):
     config: dict[str, Any]
 
     @abstractmethod
-    def predict(self, features: Features) -> Raster:
-        """The target layer as predicted from features: class probabilities or values per pixel or per place."""
+    def predict(self, features: Features, batch: Batch | None = None) -> Raster:
+        """The target layer as predicted from features: class probabilities or values per pixel or per place.
+
+        ``batch`` is what the features are of; a task that also reads pixels needs it.
+        """
 
     @abstractmethod
     def metrics(self) -> Mapping[str, Any]:
         """Fresh torchmetrics objects by name; the caller resets or discards them."""
+
+    def pairs(self, prediction: Raster, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the metrics are updated with: ``prediction`` and label of what is labelled in the batch."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its predictions and labels are compared")

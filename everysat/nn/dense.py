@@ -57,9 +57,8 @@ def dense_features(
     plan = _plan(token_m, shifts, chip_m, stride_m)
     height, width = grid_shape(batch.places, gsd_m)
     if isinstance(encoder, Encoder):
-        batch, embed = batch.only(*encoder.inputs), encoder.embed
-    else:
-        embed = encoder
+        batch = batch.only(*encoder.inputs)
+    embed: Embed = encoder.embed if isinstance(encoder, Encoder) else encoder
     lattices = (_lattice(embed, batch[index], plan, batch_size) for index in range(len(batch)))
     return torch.stack([_sample(lattice, plan, gsd_m, height, width, how) for lattice in lattices])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from torch import Tensor
 from everysat.nn.dense import dense_features
 from everysat.nn.grid import grid_shape
 from everysat.nn.probe import Linear
-from everysat.types import Batch, Encoder, Features, Task
+from everysat.sensors import Sensor
+from everysat.types import Batch, Encoder, Features, Raster
+
+
+class PixelTask(Protocol):
+    """A task that predicts pixels, such as classification or regression of variant ``pixel``."""
+
+    sensor: Sensor
+
+    def predict(self, features: Features, batch: Batch | None = None) -> Raster: ...
 
 
 class Mapper(Protocol):
@@ -23,9 +32,14 @@ class Mapper(Protocol):
     the whole place would. ``halo_m``: how far beyond a pixel the image depends on the input.
     """
 
-    gsd_m: float
-    align_m: float
-    halo_m: float
+    @property
+    def gsd_m(self) -> float: ...
+
+    @property
+    def align_m(self) -> float: ...
+
+    @property
+    def halo_m(self) -> float: ...
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,24 +136,24 @@ class Tasked:
     """What a trained task predicts from an encoder's features, pixel by pixel."""
 
     encoder: Encoder
-    task: Task
+    task: PixelTask
     gsd_m: float
     align_m: float
     halo_m: float
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.task.sensor.names)  # type: ignore[attr-defined, union-attr]
+        return tuple(self.task.sensor.names)
 
     @property
     def probabilistic(self) -> bool:
-        return self.task.sensor.kind == "classes"  # type: ignore[attr-defined, union-attr]
+        return self.task.sensor.kind == "classes"
 
     def __call__(self, batch: Batch) -> Tensor:
         features = self.encoder.embed(batch)
         if len(features.coords) == 0:
             return torch.full((len(batch), len(self.names), *grid_shape(batch.places, self.gsd_m)), math.nan)
-        predicted = self.task.predict(features, batch)  # type: ignore[call-arg]
+        predicted = self.task.predict(features, batch)
         return torch.where(predicted.valid, predicted.values, torch.nan)
 
 
