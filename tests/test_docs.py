@@ -65,3 +65,10 @@ def test_what_the_pages_name_exists(page: Path) -> None:
     for module in re.findall(r"`(everysat(?:\.[a-z_0-9]+)+)`", text):
         base = REPO.joinpath(*module.split("."))
         assert base.is_dir() or base.with_suffix(".py").exists(), f"{page.name} names {module}"
+
+
+def test_the_architecture_page_places_every_part() -> None:
+    text = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for part in (REPO / "everysat").iterdir():
+        if not part.name.startswith("_") and (part.suffix == ".py" or (part / "__init__.py").exists()):
+            assert f"`everysat/{part.name}`" in text, f"say on docs/architecture.md what everysat/{part.name} is"

@@ -16,7 +16,6 @@ LAYERS = (
     ("types",),
     ("io", "nn"),
     ("data", "models", "objectives", "tasks", "baselines"),
-    ("recipe",),
     ("recipe", "manifest", "checkpoint"),
     ("train", "predict", "evaluate", "store", "report"),
     ("cli", "serve"),
