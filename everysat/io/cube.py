@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,9 @@ def open_cube(path: str) -> xr.Dataset:
     options: dict[str, Any] = {"mask_and_scale": False, "decode_coords": "all", "chunks": None}
     try:
         if path.rstrip("/").lower().endswith(".zarr"):
-            return xr.open_zarr(path, consolidated=None if Path(path, ".zmetadata").exists() else False, **options)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated", RuntimeWarning)
+                return xr.open_zarr(path, **options)
         return xr.open_dataset(path, engine="netcdf4", cache=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise unreadable(path, error) from error
@@ -113,7 +116,9 @@ def _variable_planes(
     geobox, flip_y, flip_x = grid.north_up(geobox)
     attrs = {**array.encoding, **array.attrs} if path else array.attrs
     scaled = "scale_factor" in attrs or "add_offset" in attrs
-    nodata = attrs.get("_FillValue", attrs.get("missing_value", attrs.get("nodata")))
+    # xarray keeps integers with a fill value as they are in memory, and tells the value in the encoding.
+    filled = {**array.encoding, **array.attrs} if array.dtype.kind in "iu" else attrs
+    nodata = filled.get("_FillValue", filled.get("missing_value", filled.get("nodata")))
     tags = {**dataset.attrs, **array.attrs}
     shared = Plane(
         name, None, "", geobox, str(_dtype(array)), 1, flip=(flip_y, flip_x), tags=tags,
@@ -171,7 +176,7 @@ def _spans(dataset: xr.Dataset, array: xr.DataArray, dim: str | None, when: Span
 
 
 def _seconds(value: Any) -> float:
-    return float(np.asarray(value).astype("datetime64[ns]").astype(np.int64)) / 1e9
+    return float(np.asarray(value).astype("datetime64[us]").astype(np.int64)) / 1e6
 
 
 def _span_of(start: float, daily: bool) -> Span:
