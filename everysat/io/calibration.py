@@ -45,7 +45,7 @@ class Calibration:
     def __call__(self, numbers: np.ndarray, valid: np.ndarray) -> np.ndarray:
         if self.nodata is not None:
             valid = valid & (numbers != self.nodata)
-        values = numbers.astype(np.float32)
+        values: np.ndarray = numbers.astype(np.float32)
         if (self.scale, self.offset) != (1.0, 0.0):
             values = values * np.float32(self.scale) + np.float32(self.offset)
         values[~valid] = np.nan
@@ -98,7 +98,9 @@ def _spread(values: np.ndarray) -> str:
     return f"{low:.4g} to {high:.4g} (median {mid:.4g})"
 
 
-def calibration(plane: Plane, sensor: Sensor, band: Band, stored: str = "auto", baseline: str | None = None) -> Calibration:
+def calibration(
+    plane: Plane, sensor: Sensor, band: Band, stored: str = "auto", baseline: str | None = None
+) -> Calibration:
     """How ``plane`` becomes physical.
 
     Integers are digital numbers: the file's own scale and offset count, else the sensor's table with the offset of the
@@ -127,7 +129,9 @@ def calibration(plane: Plane, sensor: Sensor, band: Band, stored: str = "auto", 
         # A unit that the file names and the table does not share, such as metres of rain, is what the table's scale starts from.
         again = (band.scale, band.offset) if unit in UNITS and not fits else (1.0, 0.0)
         return Calibration(band, plane.name, given[0] * again[0], given[1] * again[0] + again[1], nodata, False)
-    return Calibration(band, plane.name, band.scale, band.offset + _baseline(plane, sensor, band, baseline), nodata, True)
+    return Calibration(
+        band, plane.name, band.scale, band.offset + _baseline(plane, sensor, band, baseline), nodata, True
+    )
 
 
 def _baseline(plane: Plane, sensor: Sensor, band: Band, baseline: str | None) -> float:

@@ -15,7 +15,7 @@ import rasterio.shutil
 from odc.geo.geobox import GeoBox
 from rasterio.windows import Window
 
-from everysat.io import dates, labels
+from everysat.io import dates, grid, labels
 from everysat.io.calibration import CODED
 from everysat.io.dates import Span
 from everysat.io.output import remove, replacing
@@ -68,10 +68,14 @@ class CogWriter:
         self._coded = classes is not None or (self.dtype.kind in "iu" and set(self.units) <= set(CODED))
         self._file: Any = None
         if geobox.crs is None or not self.names or len(self.units) != len(self.names) != len(self.band_tags):
-            raise ValueError("a COG needs a geobox with a CRS, at least one band name, and as many units and band_tags as names")
+            raise ValueError(
+                "a COG needs a geobox with a CRS, at least one band name, and as many units and band_tags as names"
+            )
 
     @classmethod
-    def for_sensor(cls, path: str | Path, geobox: GeoBox, sensor: Sensor, times: Sequence[Span] = (ALWAYS,)) -> CogWriter:
+    def for_sensor(
+        cls, path: str | Path, geobox: GeoBox, sensor: Sensor, times: Sequence[Span] = (ALWAYS,)
+    ) -> CogWriter:
         """A writer for bands of ``sensor`` at ``times`` (all bands of the first time, then of the next), which describes itself:
         :func:`everysat.read` needs no further argument for it."""
         dtype, nodata = storage(sensor.bands)
@@ -95,11 +99,13 @@ class CogWriter:
 
     def __enter__(self) -> CogWriter:
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {self.path}: the folder {self.path.parent} does not exist; make it first")
+            raise FileNotFoundError(
+                f"cannot write {self.path}: the folder {self.path.parent} does not exist; make it first"
+            )
         height, width = self.geobox.shape
         self._file = rasterio.open(
             self._tiles, "w", driver="GTiff", height=height, width=width, count=len(self.names), dtype=self.dtype.name,
-            crs=self.geobox.crs.to_wkt(), transform=self.geobox.affine, nodata=self.nodata, tiled=True, blockxsize=256,
+            crs=grid.crs_of(self.geobox).to_wkt(), transform=self.geobox.affine, nodata=self.nodata, tiled=True, blockxsize=256,
             blockysize=256, interleave="band", BIGTIFF="IF_SAFER", SPARSE_OK=True,
         )  # fmt: skip
         self._describe()
@@ -129,7 +135,9 @@ class CogWriter:
         shape = (len(self.names), *(s.stop - s.start for s in spans))
         inside = all(0 <= s.start < s.stop <= n for s, n in zip(spans, self.geobox.shape, strict=True))
         if values.shape != shape or not inside:
-            raise ValueError(f"values has shape {values.shape}; the window is {shape} on a grid of {tuple(self.geobox.shape)}")
+            raise ValueError(
+                f"values has shape {values.shape}; the window is {shape} on a grid of {tuple(self.geobox.shape)}"
+            )
         seen = np.isfinite(values) if valid is None else np.asarray(valid, bool) & np.isfinite(values)
         self._file.write(self._numbers(values, seen), window=Window.from_slices(*spans))
 
@@ -137,12 +145,18 @@ class CogWriter:
         if self.dtype.kind in "iu" and seen.any():
             limits, found = np.iinfo(self.dtype), values[seen]
             if found.min() < limits.min or found.max() > limits.max:
-                raise ValueError(f"values run from {found.min()} to {found.max()}, {self.dtype} from {limits.min} to {limits.max}")
+                raise ValueError(
+                    f"values run from {found.min()} to {found.max()}, {self.dtype} from {limits.min} to {limits.max}"
+                )
             if (found == self.nodata).any():
-                raise ValueError(f"a valid pixel has the value {self.nodata:g}, which stands for no data; use another nodata")
+                raise ValueError(
+                    f"a valid pixel has the value {self.nodata:g}, which stands for no data; use another nodata"
+                )
         return np.where(seen, values, self.nodata).astype(self.dtype)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._file.close()
             self._file = None
@@ -166,7 +180,11 @@ def storage(bands: Sequence[Band]) -> tuple[str, float]:
     """Type and no-data number: float32 with NaN for quantities, the smallest integers with a free number for codes."""
     if any(band.unit not in CODED for band in bands):
         return "float32", math.nan
-    codes = [code for band in bands for code in band.classes or ()] if all(b.classes and b.unit == "class" for b in bands) else None
+    codes = (
+        [code for band in bands for code in band.classes or ()]
+        if all(b.classes and b.unit == "class" for b in bands)
+        else None
+    )
     given = {band.nodata for band in bands}
     wanted = given.pop() if len(given) == 1 else None
     if codes is None:
@@ -174,7 +192,12 @@ def storage(bands: Sequence[Band]) -> tuple[str, float]:
     for dtype in ("uint8", "uint16", "int32"):
         limits = np.iinfo(dtype)
         free = wanted if wanted is not None and wanted not in codes else limits.max
-        if min(codes) >= limits.min and max(codes) <= limits.max and limits.min <= free <= limits.max and free not in codes:
+        if (
+            min(codes) >= limits.min
+            and max(codes) <= limits.max
+            and limits.min <= free <= limits.max
+            and free not in codes
+        ):
             return dtype, float(free)
     return "int32", float(np.iinfo(np.int32).min)
 

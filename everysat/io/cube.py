@@ -96,11 +96,14 @@ def cube_planes(source: str | xr.Dataset | xr.DataArray, crs: Any = None) -> lis
     for variable in dataset.data_vars:
         array = dataset[variable]
         dims = _spatial(array)
-        if dims is not None and array.dtype.kind in "iufb":
+        # Variances that this package writes beside bands are for others to use: a reading has none of its own.
+        if dims is not None and array.dtype.kind in "iufb" and not str(variable).endswith("_variance"):
             geobox = _geobox(dataset, array, dims, crs, name)
             planes += _variable_planes(dataset, array, dims, geobox, path, name)
     if not planes:
-        raise ValueError(f"{name} has no variable with axes named y and x (or lat and lon); it has {', '.join(map(str, dataset.data_vars))}")
+        raise ValueError(
+            f"{name} has no variable with axes named y and x (or lat and lon); it has {', '.join(map(str, dataset.data_vars))}"
+        )
     return [replace(plane, siblings=len(planes)) for plane in planes]
 
 
@@ -144,7 +147,9 @@ def _slices(
         elif dim.lower() in _BAND:
             band_dim = dim
         elif array.sizes[dim] > 1:
-            raise ValueError(f"{name}: axis {dim!r} of {array.name} is neither time, band, y nor x; select one entry of it first")
+            raise ValueError(
+                f"{name}: axis {dim!r} of {array.name} is neither time, band, y nor x; select one entry of it first"
+            )
     single = tuple((str(d), 0) for d in array.dims if d not in (*dims, time_dim, band_dim))
     spans = _spans(dataset, array, time_dim, when)
     for t, time in enumerate(spans):
@@ -216,7 +221,12 @@ def _step(array: xr.DataArray, dim: str, name: str) -> tuple[float, float] | Non
 def _crs_of(dataset: xr.Dataset, array: xr.DataArray) -> tuple[CRS | None, Affine | None]:
     mapping = array.attrs.get("grid_mapping", array.encoding.get("grid_mapping"))
     named = [dataset[mapping]] if mapping in dataset.variables else []
-    spots = [*named, *(v for n, v in dataset.variables.items() if v.ndim == 0 and n != mapping), array, dataset]
+    spots: list[Any] = [
+        *named,
+        *(v for n, v in dataset.variables.items() if v.ndim == 0 and n != mapping),
+        array,
+        dataset,
+    ]
     for spot in spots:
         attrs = spot.attrs
         for key in _CRS_ATTRIBUTES:

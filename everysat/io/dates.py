@@ -16,7 +16,9 @@ Span = tuple[float, float]
 DAY_S = 86400.0
 
 # Digits may not touch the stamp, so that a tile or a serial number is not taken for a date.
-_STAMP = re.compile(r"(?<!\d)((?:19|20)\d{2})-?(0[1-9]|1[0-2])-?(0[1-9]|[12]\d|3[01])(?:T(\d{2}):?(\d{2}):?(\d{2}))?(?!\d)")
+_STAMP = re.compile(
+    r"(?<!\d)((?:19|20)\d{2})-?(0[1-9]|1[0-2])-?(0[1-9]|[12]\d|3[01])(?:T(\d{2}):?(\d{2}):?(\d{2}))?(?!\d)"
+)
 # Landsat scene identifiers before Collection 1: sensor, path, row, then year and day of year.
 _LANDSAT = re.compile(r"L[COTEM]\d\d{3}\d{3}((?:19|20)\d{2})(\d{3})[A-Z]{3}\d{2}")
 # Acquisition times only: TIFFTAG_DATETIME and the like say when the file was made.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from affine import Affine
@@ -16,6 +17,19 @@ from everysat.types import Place
 _ELLIPSOID = Geod(ellps="WGS84")
 FIT = 0.01
 """Grids whose pixel edges differ by less than this share of a pixel are the same grid."""
+
+
+def crs_of(geobox: GeoBox) -> CRS:
+    """The CRS of a grid, or an error where it has none."""
+    if geobox.crs is None:
+        raise ValueError("the geobox has no CRS; without one a place is Place(height_m, width_m)")
+    return geobox.crs
+
+
+def positions(affine: Affine, cols: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of pixel positions: the affine transform of many points."""
+    cols, rows = np.asarray(cols, float), np.asarray(rows, float)
+    return affine.a * cols + affine.b * rows + affine.c, affine.d * cols + affine.e * rows + affine.f
 
 
 def plain_crs(crs: object) -> CRS:
@@ -37,8 +51,8 @@ def pixel_m(geobox: GeoBox) -> tuple[float, float]:
     lon, lat = to_lonlat(geobox, cols, rows)
     width = _ELLIPSOID.inv(lon[0], lat[0], lon[1], lat[1])[2]
     height = _ELLIPSOID.inv(lon[2], lat[2], lon[3], lat[3])[2]
-    if geobox.crs.projected:
-        unit = geobox.crs.proj.axis_info[0].unit_conversion_factor
+    if crs_of(geobox).projected:
+        unit = crs_of(geobox).proj.axis_info[0].unit_conversion_factor
         a = geobox.affine
         nominal = math.hypot(a.b, a.e) * unit, math.hypot(a.a, a.d) * unit
         height, width = (n if abs(m / n - 1) < 5e-3 else m for n, m in zip(nominal, (height, width), strict=True))
@@ -57,11 +71,11 @@ def gsd_m(geobox: GeoBox) -> float:
     return float(f"{math.sqrt(height * width):.6g}")
 
 
-def to_lonlat(geobox: GeoBox, cols: object, rows: object) -> tuple[np.ndarray, np.ndarray]:
+def to_lonlat(geobox: GeoBox, cols: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
     """Longitude and latitude of pixel positions (0, 0 is the corner of the first pixel)."""
-    x, y = geobox.affine * (np.asarray(cols, float), np.asarray(rows, float))
-    to = Transformer.from_crs(geobox.crs.proj, "EPSG:4326", always_xy=True)
-    lon, lat = to.transform(np.asarray(x), np.asarray(y))
+    x, y = positions(geobox.affine, cols, rows)
+    to = Transformer.from_crs(crs_of(geobox).proj, "EPSG:4326", always_xy=True)
+    lon, lat = to.transform(x, y)
     return lon, lat
 
 
@@ -71,8 +85,6 @@ def place_of(geobox: GeoBox) -> Place:
     Raises:
         ValueError: no CRS, or pixels that are not square on the ground.
     """
-    if geobox.crs is None:
-        raise ValueError("the geobox has no CRS; without one a place is Place(height_m, width_m)")
     if not is_square(geobox):
         height, width = pixel_m(geobox)
         raise ValueError(
@@ -92,8 +104,8 @@ def at_gsd(geobox: GeoBox, gsd: float) -> GeoBox:
     ratio = gsd / gsd_m(geobox)
     if abs(ratio - 1) < 1e-6:
         return geobox
-    shape = tuple(max(1, math.ceil(n / ratio - 1e-4)) for n in geobox.shape)
-    return GeoBox(shape, geobox.affine * Affine.scale(ratio), geobox.crs)
+    height, width = (max(1, math.ceil(n / ratio - 1e-4)) for n in geobox.shape)
+    return GeoBox((height, width), geobox.affine * Affine.scale(ratio), geobox.crs)
 
 
 def north_up(geobox: GeoBox) -> tuple[GeoBox, bool, bool]:
@@ -129,13 +141,15 @@ def window_on(source: GeoBox, target: GeoBox, margin: float) -> tuple[slice, sli
     """Rows and columns of ``source`` that ``target`` touches, grown by ``margin`` pixels; None when there are none."""
     y, x = (np.linspace(0, n, 22) for n in target.shape)
     cols, rows = (v.ravel() for v in np.meshgrid(x, y))
-    east, north = target.affine * (cols, rows)
+    east, north = positions(target.affine, cols, rows)
     if source.crs != target.crs:
-        east, north = Transformer.from_crs(target.crs.proj, source.crs.proj, always_xy=True).transform(east, north)
+        east, north = Transformer.from_crs(crs_of(target).proj, crs_of(source).proj, always_xy=True).transform(
+            east, north
+        )
     seen = np.isfinite(east) & np.isfinite(north)
     if not seen.any():
         return None
-    col, row = ~source.affine * (east[seen], north[seen])
+    col, row = positions(~source.affine, east[seen], north[seen])
     slices = []
     for along, size in ((row, source.shape[0]), (col, source.shape[1])):
         low, high = along.min(), along.max()
@@ -162,7 +176,11 @@ def union(boxes: list[GeoBox]) -> GeoBox:
         low = min(s[axis] for s in spots if s)
         high = max(s[axis] + s[axis + 2] * b.shape[axis] for s, b in zip(spots, boxes, strict=True) if s)
         edges.append(slice(math.floor(low + FIT), math.ceil(high - FIT)))
-    return first if all(e.start == 0 and e.stop == n for e, n in zip(edges, first.shape, strict=True)) else crop(first, *edges)
+    return (
+        first
+        if all(e.start == 0 and e.stop == n for e, n in zip(edges, first.shape, strict=True))
+        else crop(first, *edges)
+    )
 
 
 def describe(geobox: GeoBox) -> str:
@@ -170,4 +188,3 @@ def describe(geobox: GeoBox) -> str:
     h, w = geobox.shape
     lon, lat = to_lonlat(geobox, [0, w, w, 0], [0, 0, h, h])
     return f"{geobox.crs}, longitude {lon.min():.4f} to {lon.max():.4f}, latitude {lat.min():.4f} to {lat.max():.4f}"
-

@@ -87,7 +87,9 @@ def normal_baseline(value: Any) -> str:
     try:
         return f"{float(value):05.2f}"
     except (TypeError, ValueError) as error:
-        raise ValueError(f"processing_baseline={value!r} is none; expected something like '04.00' or 'N0400'") from error
+        raise ValueError(
+            f"processing_baseline={value!r} is none; expected something like '04.00' or 'N0400'"
+        ) from error
 
 
 def baseline_offset(sensor: Sensor, baseline: str) -> float:
@@ -113,7 +115,12 @@ def from_json(text: str) -> Sensor | None:
         table = json.loads(text)
         bands = tuple(_band(facts) for facts in table["bands"])
         return Sensor(
-            table["name"], table["kind"], bands, table["source"], table.get("title", ""), table.get("baseline_offsets", {})
+            table["name"],
+            table["kind"],
+            bands,
+            table["source"],
+            table.get("title", ""),
+            table.get("baseline_offsets", {}),
         )
     except (TypeError, ValueError, KeyError, AttributeError):
         return None

@@ -117,7 +117,8 @@ def _lonlat_bounds(source: Any, size_m: float | None) -> tuple[float, float, flo
     if isinstance(source, BoundingBox):
         if source.crs is None:
             raise ValueError("source is a BoundingBox without CRS")
-        return tuple(source.to_crs("EPSG:4326").bbox)
+        left, bottom, right, top = source.to_crs("EPSG:4326").bbox
+        return left, bottom, right, top
     numbers = _numbers(source)
     if len(numbers) == 2:
         if size_m is None or not size_m > 0:

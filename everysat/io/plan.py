@@ -54,7 +54,9 @@ def open_all(files: Sequence[Any], options: Options) -> tuple[list[list[Plane]],
         if not hits and Path(key).exists():
             hits = open_planes(key, options.crs)
         if not hits:
-            raise ValueError(f"valid: no file or band is called {key!r}; give a word of a file's or band's name, or the path of a mask")
+            raise ValueError(
+                f"valid: no file or band is called {key!r}; give a word of a file's or band's name, or the path of a mask"
+            )
         masks[key] = hits
         opened = [[plane for plane in planes if plane not in hits] for planes in opened]
     return [planes for planes in opened if planes], masks
@@ -72,7 +74,8 @@ def _dated(files: Sequence[Any], opened: list[list[Plane]], options: Options) ->
     if isinstance(times, Mapping):
         found = [times.get(str(f), times.get(PurePath(str(f)).name)) for f in files]
         return [
-            planes if time is None else _at(planes, dates.span(time)) for planes, time in zip(opened, found, strict=True)
+            planes if time is None else _at(planes, dates.span(time))
+            for planes, time in zip(opened, found, strict=True)
         ]
     if not isinstance(times, list):
         return [_at(planes, dates.span(times)) for planes in opened]
@@ -127,7 +130,9 @@ def _only_bands(found: list[Found], wanted: Sequence[str]) -> list[Found]:
             next(iter(here))[name]  # raises, with a suggestion
         if not any(f.band.name == s[name].name for s in knowing for f in found if f.sensor is s or f.sensor == s):
             shown = ", ".join(dict.fromkeys(f.band.name for f in found))
-            raise ContractError(f"bands: {name!r} is in none of the files, which hold {shown}. Add its file, or leave it out of bands")
+            raise ContractError(
+                f"bands: {name!r} is in none of the files, which hold {shown}. Add its file, or leave it out of bands"
+            )
     keep = {(sensor.name, sensor[name].name) for sensor in here for name in wanted if name in sensor}
     return [f for f in found if (f.sensor.name, f.band.name) in keep]
 
@@ -181,7 +186,9 @@ def _contract_layers(
     if not plans:
         takes = "; ".join(f"{n}: {i.sensor.name} {', '.join(i.sensor.names)}" for n, i in inputs.items())
         holds = ", ".join(dict.fromkeys(f.sensor.name for f in found))
-        raise ContractError(f"the files hold {holds or 'nothing known'}, of which the model takes no layer. It takes {takes}")
+        raise ContractError(
+            f"the files hold {holds or 'nothing known'}, of which the model takes no layer. It takes {takes}"
+        )
     return plans
 
 
@@ -193,7 +200,9 @@ def _layer(
     for f in members:
         spots[times.index(f.plane.time or ALWAYS), sensor.names.index(f.band.name)].append(f)
     parts = {spot: _parts(found, gsd, options) for spot, found in sorted(spots.items())}
-    seen_by = tuple(tuple(_mask_at(key, planes, time, options.valid[key]) for key, planes in masks.items()) for time in times)
+    seen_by = tuple(
+        tuple(_mask_at(key, planes, time, options.valid[key]) for key, planes in masks.items()) for time in times
+    )
     return LayerPlan(name, sensor, gsd, tuple(times), parts, seen_by, options.resampling)
 
 
@@ -257,7 +266,9 @@ def _union(boxes: list[GeoBox]) -> GeoBox:
     try:
         return grid.union(boxes)
     except ValueError as error:
-        raise ValueError(f"the files lie on different grids ({error}); give place=... to say which one to use") from error
+        raise ValueError(
+            f"the files lie on different grids ({error}); give place=... to say which one to use"
+        ) from error
 
 
 def over(plans: Mapping[str, LayerPlan], geobox: GeoBox) -> dict[str, LayerPlan]:
@@ -269,13 +280,17 @@ def over(plans: Mapping[str, LayerPlan], geobox: GeoBox) -> dict[str, LayerPlan]
     kept = {}
     for name, plan in plans.items():
         parts = {
-            spot: tuple(p for p in parts if grid.window_on(p.plane.geobox, geobox, 0)) for spot, parts in plan.parts.items()
+            spot: tuple(p for p in parts if grid.window_on(p.plane.geobox, geobox, 0))
+            for spot, parts in plan.parts.items()
         }
         seen = sorted({obs for (obs, _), some in parts.items() if some})
         if seen:
             renumbered = {(seen.index(obs), band): some for (obs, band), some in parts.items() if some}
             kept[name] = replace(
-                plan, times=tuple(plan.times[i] for i in seen), masks=tuple(plan.masks[i] for i in seen), parts=renumbered
+                plan,
+                times=tuple(plan.times[i] for i in seen),
+                masks=tuple(plan.masks[i] for i in seen),
+                parts=renumbered,
             )
     if not kept:
         first = next(p.plane for plan in plans.values() for parts in plan.parts.values() for p in parts)

@@ -91,7 +91,9 @@ class FilePixels:
     index: int
     masked: bool
 
-    def read(self, rows: slice, cols: slice, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(
+        self, rows: slice, cols: slice, shape: tuple[int, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Digital numbers, and where they are valid if the file has a mask; decimated to ``shape`` when given."""
         dataset, lock = HANDLES.get(self.path, open_raster)
         window = rasterio.windows.Window.from_slices(rows, cols)
@@ -149,7 +151,8 @@ class Plane:
         """Digital numbers [y, x] of a window and where they are data; decimated to ``shape`` when that is given."""
         span = [slice(0, n) if s is None else s for s, n in zip((rows, cols), self.shape, strict=True)]
         stored = [
-            slice(n - s.stop, n - s.start) if turned else s for s, turned, n in zip(span, self.flip, self.shape, strict=True)
+            slice(n - s.stop, n - s.start) if turned else s
+            for s, turned, n in zip(span, self.flip, self.shape, strict=True)
         ]
         values, mask = self.pixels.read(*stored, shape)
         turn = tuple(slice(None, None, -1 if turned else 1) for turned in self.flip)
@@ -187,7 +190,9 @@ def _file_planes(path: str, crs: Any) -> list[Plane]:
     dataset, lock = HANDLES.get(path, open_raster)
     with lock:
         if dataset.crs is None and crs is None:
-            points = " It has ground control points only: warp it to a grid first, with gdalwarp." if dataset.gcps[0] else ""
+            points = (
+                " It has ground control points only: warp it to a grid first, with gdalwarp." if dataset.gcps[0] else ""
+            )
             raise ValueError(
                 f"{path} has no CRS, so where it lies is unknown.{points} Give crs='EPSG:...' if you know it, or store it in "
                 "the file with gdal_edit.py -a_srs"
@@ -199,7 +204,9 @@ def _file_planes(path: str, crs: Any) -> list[Plane]:
         tags = dataset.tags()
         sensor = labels.from_json(tags.get(labels.SENSOR_TAG, ""))
         when = dates.in_tags(tags) or dates.in_name(Path(path).name) or dates.in_name(_product(path))
-        shared = Plane(path, None, "", geobox, "", dataset.count, flip=(flip_y, flip_x), tags=tags, sensor=sensor, time=when)
+        shared = Plane(
+            path, None, "", geobox, "", dataset.count, flip=(flip_y, flip_x), tags=tags, sensor=sensor, time=when
+        )
         return [_band_plane(dataset, index, shared) for index in dataset.indexes]
 
 
@@ -227,4 +234,6 @@ def _band_plane(dataset: Any, index: int, shared: Plane) -> Plane:
 def _product(path: str) -> str:
     """Name of the product folder that a file lies in (``....SAFE`` or one folder a scene)."""
     parts = Path(path).parts
-    return next((part for part in reversed(parts[:-1]) if part.upper().endswith(".SAFE")), parts[-2] if len(parts) > 1 else "")
+    return next(
+        (part for part in reversed(parts[:-1]) if part.upper().endswith(".SAFE")), parts[-2] if len(parts) > 1 else ""
+    )

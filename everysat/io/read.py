@@ -94,7 +94,8 @@ def open_scene(
     warp.method_for(1.0, 1.0, False, resampling)
     if gsd_m is not None and not gsd_m > 0:
         raise ValueError(f"gsd_m={gsd_m} must be positive (metres)")
-    if place is not None and place.geobox is None:
+    where = None if place is None else place.geobox
+    if place is not None and where is None:
         raise ValueError("place has no geobox: it does not say where it lies. Make it with everysat.place(...)")
     options = plan.Options(
         sensor, bands, order, gsd_m, times, resampling, names or {}, valid or {}, stored, processing_baseline, crs,
@@ -102,12 +103,10 @@ def open_scene(
     )  # fmt: skip
     opened, masks = plan.open_all(_listed(files), options)
     plans = plan.layers(plan.find_bands(opened, options), masks, options)
-    if place is None:
+    if where is None:
         base = plan.base_grid(plans)
-        geobox = base if gsd_m is None else grid.at_gsd(base, gsd_m)
-    else:
-        geobox = place.geobox
-    return Scene(grid.place_of(geobox), plan.over(plans, geobox))
+        where = base if gsd_m is None else grid.at_gsd(base, gsd_m)
+    return Scene(grid.place_of(where), plan.over(plans, where))
 
 
 def _listed(files: Any) -> list[Any]:

@@ -39,11 +39,13 @@ def load_frame(source: Any, place: Place | None = None) -> geopandas.GeoDataFram
         frame = frame.reset_index(drop=True)
     if frame.crs is None:
         name = "the frame" if frame is source else source
-        raise ValueError(f"{name} has no CRS, so where its geometries lie is unknown; set it with frame.set_crs('EPSG:...')")
+        raise ValueError(
+            f"{name} has no CRS, so where its geometries lie is unknown; set it with frame.set_crs('EPSG:...')"
+        )
     if place is None:
         return frame
     geobox = _geobox(place)
-    frame = frame.to_crs(geobox.crs.to_wkt())
+    frame = frame.to_crs(grid.crs_of(geobox).to_wkt())
     near = ~(frame.geometry.is_empty | frame.geometry.isna()) & frame.intersects(geobox.extent.geom)
     return frame[near]
 
@@ -128,16 +130,26 @@ def rasterize(
     return Polygons(raster, torch.from_numpy(ids.astype(np.int64)))
 
 
-def _codes(frame: geopandas.GeoDataFrame, column: str, classes: Mapping[str, int] | Sequence[str] | None) -> dict[str, int]:
+def _codes(
+    frame: geopandas.GeoDataFrame, column: str, classes: Mapping[str, int] | Sequence[str] | None
+) -> dict[str, int]:
     if column not in frame.columns:
-        raise ValueError(f"column={column!r} is none of the polygons' attributes. {suggest(column, map(str, frame.columns))}")
+        raise ValueError(
+            f"column={column!r} is none of the polygons' attributes. {suggest(column, map(str, frame.columns))}"
+        )
     present = sorted({str(value) for value in frame[column].dropna()})
     if classes is None:
         return {value: code for code, value in enumerate(present)}
-    codes = {str(v): int(c) for v, c in classes.items()} if isinstance(classes, Mapping) else {str(v): c for c, v in enumerate(classes)}
+    codes = (
+        {str(v): int(c) for v, c in classes.items()}
+        if isinstance(classes, Mapping)
+        else {str(v): c for c, v in enumerate(classes)}
+    )
     absent = [value for value in codes if value not in present]
     if len(absent) == len(codes):
-        raise ValueError(f"classes: none of {', '.join(codes)} occurs in column {column!r}, which holds {', '.join(present[:20])}")
+        raise ValueError(
+            f"classes: none of {', '.join(codes)} occurs in column {column!r}, which holds {', '.join(present[:20])}"
+        )
     if min(codes.values()) < 0:
         raise ValueError(f"classes={codes} has negative codes; codes count from 0")
     return codes

@@ -66,7 +66,7 @@ def _window(plane: Plane, row: int, col: int, height: int, width: int, convert: 
 
 
 def _nearest(plane: Plane, spot: tuple[float, float, float, float], target: GeoBox, convert: Convert) -> np.ndarray:
-    picks, inside, spans = [], [], []
+    picks, inside, spans = [], [], list[slice]()
     for start, step, count, size in zip(spot[:2], spot[2:], target.shape, plane.shape, strict=True):
         # The small shift decides centres that fall on an edge the same way in every window.
         index = np.floor(start + (np.arange(count) + 0.5) * step + 1e-6).astype(int)
@@ -77,7 +77,7 @@ def _nearest(plane: Plane, spot: tuple[float, float, float, float], target: GeoB
         picks.append(index[seen] - spans[-1].start)
         inside.append(seen)
     out = np.full(target.shape, np.nan, np.float32)
-    out[np.ix_(*inside)] = convert(*plane.read(*spans))[np.ix_(*picks)]
+    out[np.ix_(*inside)] = convert(*plane.read(spans[0], spans[1]))[np.ix_(*picks)]
     return out
 
 
@@ -102,10 +102,10 @@ def _warp(plane: Plane, target: GeoBox, method: str, convert: Convert) -> np.nda
         convert(*plane.read(*window)),
         out,
         src_transform=source.affine,
-        src_crs=source.crs.to_wkt(),
+        src_crs=grid.crs_of(source).to_wkt(),
         src_nodata=np.nan,
         dst_transform=target.affine,
-        dst_crs=target.crs.to_wkt(),
+        dst_crs=grid.crs_of(target).to_wkt(),
         dst_nodata=np.nan,
         resampling=Resampling[method],
         tolerance=0.0,  # approximated transforms depend on the window

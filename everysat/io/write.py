@@ -9,7 +9,7 @@ from typing import Any
 
 import geopandas
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import shapely
 import shapely.affinity
@@ -52,7 +52,9 @@ def write(layer: Raster | Features | Batch, path: str | Path, *, place: Place | 
     elif isinstance(layer, Raster):
         writers = {COG: _raster_cog, ZARR: _raster_zarr}
     else:
-        raise TypeError(f"layer is a {type(layer).__name__}; a Raster, Features or a Batch with one raster can be written")
+        raise TypeError(
+            f"layer is a {type(layer).__name__}; a Raster, Features or a Batch with one raster can be written"
+        )
     for suffixes, writer in writers.items():
         if suffix in suffixes:
             if isinstance(layer, Raster):
@@ -79,7 +81,9 @@ def geobox_of(raster: Raster, place: Place | None) -> GeoBox:
         ValueError: it has none, several places, or another number of pixels.
     """
     if place is None or place.geobox is None:
-        raise ValueError("place is needed, with a geobox: without georeference there is no telling where the raster lies")
+        raise ValueError(
+            "place is needed, with a geobox: without georeference there is no telling where the raster lies"
+        )
     if (raster.row != 0).any():
         raise ValueError("the raster observes several places; write one at a time, batch[i]")
     geobox = grid.at_gsd(place.geobox, raster.gsd_m)
@@ -92,7 +96,9 @@ def geobox_of(raster: Raster, place: Place | None) -> GeoBox:
 
 def _raster_cog(raster: Raster, path: Path, geobox: GeoBox) -> None:
     if raster.var is not None:
-        raise ValueError("a GeoTIFF would lose the variance of this raster: write .zarr, or drop it with replace(raster, var=None)")
+        raise ValueError(
+            "a GeoTIFF would lose the variance of this raster: write .zarr, or drop it with replace(raster, var=None)"
+        )
     obs, band, *size = raster.values.shape
     times = [(float(a), float(b)) for a, b in raster.time_s]
     with CogWriter.for_sensor(path, geobox, raster.sensor, times) as file:
@@ -124,13 +130,13 @@ def _empty(geobox: GeoBox) -> xr.Dataset:
     """A dataset with the coordinates and the CRS of a grid and no variables."""
     if not grid.axis_aligned(geobox):
         raise ValueError("the grid is rotated, which coordinates x and y cannot say; write a GeoTIFF")
-    a, (height, width) = geobox.affine, geobox.shape
+    a, (height, width), crs = geobox.affine, geobox.shape, grid.crs_of(geobox)
     y = a.f + a.e * (np.arange(height) + 0.5)
     x = a.c + a.a * (np.arange(width) + 0.5)
-    names = ("projection_y_coordinate", "projection_x_coordinate") if geobox.crs.projected else ("latitude", "longitude")
-    unit = "m" if geobox.crs.projected else "degrees"
+    names = ("projection_y_coordinate", "projection_x_coordinate") if crs.projected else ("latitude", "longitude")
+    unit = "m" if crs.projected else "degrees"
     transform = " ".join(repr(v) for v in (a.c, a.a, a.b, a.f, a.d, a.e))
-    reference = {**geobox.crs.proj.to_cf(), "spatial_ref": geobox.crs.to_wkt(), "GeoTransform": transform}
+    reference = {**crs.proj.to_cf(), "spatial_ref": crs.to_wkt(), "GeoTransform": transform}
     dataset = xr.Dataset(
         coords={
             "y": ("y", y, {"standard_name": names[0], "units": unit, "axis": "Y"}),
@@ -139,8 +145,8 @@ def _empty(geobox: GeoBox) -> xr.Dataset:
         },
         attrs={"Conventions": "CF-1.11", "spatial:transform": [a.a, a.b, a.c, a.d, a.e, a.f]},
     )
-    if geobox.crs.to_epsg():
-        dataset.attrs["proj:code"] = f"EPSG:{geobox.crs.to_epsg()}"
+    if crs.to_epsg():
+        dataset.attrs["proj:code"] = f"EPSG:{crs.to_epsg()}"
     return dataset
 
 
@@ -149,7 +155,9 @@ def _time_axis(raster: Raster) -> tuple[tuple[str, ...], dict[str, Any]]:
     if all(tuple(span) == ALWAYS for span in spans):
         return ("obs", "y", "x"), {}
     if not np.isfinite(spans).all():
-        raise ValueError("the raster mixes dated and undated observations, which one time axis cannot hold; write them apart")
+        raise ValueError(
+            "the raster mixes dated and undated observations, which one time axis cannot hold; write them apart"
+        )
     stamps = np.round(spans * 1e6).astype(np.int64).astype("datetime64[us]")
     encoding = {"units": "microseconds since 1970-01-01", "dtype": "int64", "calendar": "proleptic_gregorian"}
     time = xr.Variable("time", stamps[:, 0], {"standard_name": "time", "bounds": "time_bnds"}, encoding)
@@ -157,7 +165,11 @@ def _time_axis(raster: Raster) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def _attributes(band: Band) -> dict[str, Any]:
-    facts: dict[str, Any] = {"long_name": band.description or band.name, "units": band.unit, "grid_mapping": "spatial_ref"}
+    facts: dict[str, Any] = {
+        "long_name": band.description or band.name,
+        "units": band.unit,
+        "grid_mapping": "spatial_ref",
+    }
     if band.unit in CODED:
         facts["units"] = "1"
     if band.classes and band.unit == "class":
@@ -193,9 +205,11 @@ def _grid(features: Features, values: torch.Tensor) -> tuple[np.ndarray, GeoBox]
     image = Features(values, features.coords, features.summary, features.places).grid()[0]
     cells = torch.cat([features.coords.cells(), features.coords.row[:, None]], 1)
     if len(torch.unique(cells, dim=0)) < len(cells):
-        raise ValueError("several tokens lie in one cell (dates or layers of their own); pool them first, or write .parquet")
+        raise ValueError(
+            "several tokens lie in one cell (dates or layers of their own); pool them first, or write .parquet"
+        )
     coarse = grid.at_gsd(features.places[0].geobox, float(features.coords.size_m[0]))
-    return image.detach().cpu().float().numpy(), GeoBox(tuple(image.shape[1:]), coarse.affine, coarse.crs)
+    return image.detach().cpu().float().numpy(), GeoBox((image.shape[1], image.shape[2]), coarse.affine, coarse.crs)
 
 
 def _features_cog(features: Features, path: Path) -> None:
@@ -245,14 +259,16 @@ def _vectors(values: torch.Tensor, dim: int) -> Any:
 
 
 def _stamps(seconds: torch.Tensor) -> Any:
-    stamps = [pd.NaT if not math.isfinite(s) else pd.Timestamp(round(s * 1e6), unit="us", tz="UTC") for s in seconds.tolist()]
+    stamps = [
+        pd.NaT if not math.isfinite(s) else pd.Timestamp(round(s * 1e6), unit="us", tz="UTC") for s in seconds.tolist()
+    ]
     return pd.Series(stamps, dtype="datetime64[us, UTC]")
 
 
 def _squares(features: Features) -> geopandas.GeoSeries:
     """Footprints of the tokens: in the CRS of the places if they share one, else in degrees."""
     places = features.places
-    crs = {place.geobox.crs for place in places if place.geobox is not None}
+    crs = {grid.crs_of(place.geobox) for place in places if place.geobox is not None}
     if any(place.geobox is None for place in places):
         raise ValueError("a place has no geobox, so its tokens have no footprint on the ground")
     target = crs.pop().to_wkt() if len(crs) == 1 else "EPSG:4326"
@@ -266,6 +282,9 @@ def _squares(features: Features) -> geopandas.GeoSeries:
         south, east = features.coords.at_m.cpu()[index].numpy().T
         boxes = shapely.box(east - half, south - half, east + half, south + half)
         a, gsd = geobox.affine, grid.gsd_m(geobox)
-        moved = [shapely.affinity.affine_transform(box, (a.a / gsd, a.b / gsd, a.d / gsd, a.e / gsd, a.c, a.f)) for box in boxes]
-        out[mine] = geopandas.GeoSeries(moved, crs=geobox.crs.to_wkt()).to_crs(target).to_numpy()
+        moved = [
+            shapely.affinity.affine_transform(box, (a.a / gsd, a.b / gsd, a.d / gsd, a.e / gsd, a.c, a.f))
+            for box in boxes
+        ]
+        out[mine] = geopandas.GeoSeries(moved, crs=grid.crs_of(geobox).to_wkt()).to_crs(target).to_numpy()
     return geopandas.GeoSeries(out, crs=target)
