@@ -16,7 +16,8 @@ LAYERS = (
     ("types",),
     ("io", "nn"),
     ("data", "models", "objectives", "tasks", "baselines"),
-    ("recipe", "manifest", "checkpoint"),
+    ("recipe", "manifest", "checkpoint", "logbook"),
+    ("optimizer", "trainee"),
     ("train", "predict", "evaluate", "store", "report"),
     ("cli", "serve"),
 )

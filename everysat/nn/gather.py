@@ -6,16 +6,31 @@ parallel training averages gradients, so the averaged gradient is then the gradi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block, this process computes for itself: nothing is gathered."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def world() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) when there is one."""
-    if dist.is_available() and dist.is_initialized():
+    """This process's rank and the number of processes; (0, 1) when there is one, or :func:`alone`."""
+    if not _ALONE.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 

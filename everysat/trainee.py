@@ -1,0 +1,69 @@
+"""What is trained: an encoder that a recipe describes, with its objective."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from everysat.data.batches import Dataset
+from everysat.data.statistics import band_statistics
+from everysat.find import find
+from everysat.models import weights
+from everysat.recipe import Recipe, RecipeError, check_options
+from everysat.types import Batch, Encoder, Objective
+
+
+class Trainee(nn.Module):
+    """Encoder and objective as the one module that is run in parallel: its forward is the whole loss."""
+
+    def __init__(self, encoder: Encoder, objective: Objective) -> None:
+        super().__init__()
+        self.encoder, self.objective = encoder, objective
+
+    def forward(self, held: Held) -> dict[str, Tensor]:
+        return self.objective(self.encoder, held.batch, held.generator)
+
+
+class Held:
+    """A batch in a plain object: Fabric casts every tensor that it finds in arguments to the autocast type, dates included."""
+
+    def __init__(self, batch: Batch, generator: torch.Generator) -> None:
+        self.batch, self.generator = batch, generator
+
+
+def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
+    """The encoder that the recipe's ``model`` describes: fresh, or from a weights file."""
+    model = recipe.model
+    module, variant = find("models", model.name)
+    if model.weights is None:
+        check_options(module.build, model.options, f"model {model.name}")
+        encoder: Encoder = module.build(variant, **model.options)
+    else:
+        encoder = weights.load(Path(model.weights), **model.options)
+        if find("models", encoder.family)[0] is not module:
+            raise RecipeError(
+                f"model.weights={model.weights} is of family {encoder.family!r}, model.name says {model.name!r}"
+            )
+    if model.statistics == "data":
+        encoder = with_statistics(encoder, data[0])
+    return encoder.train()
+
+
+def with_statistics(encoder: Encoder, dataset: Dataset) -> Encoder:
+    """The same encoder whose inputs are normalised by the statistics of ``dataset`` (at most 1000 places of it)."""
+    config = json.loads(json.dumps(encoder.config))
+    modalities = config.get("modalities")
+    if not isinstance(modalities, dict) or not set(encoder.inputs) <= set(modalities):
+        raise RecipeError(
+            f"model.statistics=data: the config of {encoder.family} lists no modalities; give means in options"
+        )
+    found = band_statistics(dataset, encoder.inputs, places=1000, inputs=encoder.inputs)
+    for name, (mean, std) in found.items():
+        modalities[name] |= {"mean": list(mean), "std": list(std)}
+    again: Encoder = find("models", encoder.family)[0].from_config(config)
+    again.load_state_dict(encoder.state_dict())
+    return again

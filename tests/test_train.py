@@ -1,0 +1,341 @@
+"""A run is a function of its recipe: killed, interrupted, resumed or spread over processes, it comes to the same end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from everysat.data.synthetic import build as synthetic
+from everysat.logbook import Logbook
+from everysat.models.weights import load
+from everysat.optimizer import learning_rate
+from everysat.recipe import Recipe, RecipeError
+from everysat.train import NonFiniteError, train
+
+HERE = Path(__file__).parent
+TREE = {
+    "name": "tiny",
+    "model": {"name": "third_party.strips"},
+    "data": [
+        {"name": "synthetic/images", "options": {"places": 24, "size_m": 40}, "weight": 2},
+        {"name": "synthetic/images", "options": {"places": 10, "size_m": 20, "seed": 4}},
+    ],
+    "objective": {"name": "third_party.strips"},
+    "augment": {"flip": True, "turn": True, "drop_bands": 0.2},
+    "steps": 30,
+    "batch_size": 5,
+    "accumulate": 2,
+    "lr": 0.01,
+    "warmup_steps": 3,
+    "clip": 1.0,
+    "ema": 0.9,
+    "checkpoint_every": 4,
+    "accelerator": "cpu",
+}
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return Recipe.parse(TREE, [f"out={folder}", *overrides])
+
+
+def values(folder: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in Logbook.read(folder)]
+
+
+def run_in_process(folder: str, overrides: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    train(recipe(Path(folder), *overrides), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Fresh processes in which only modules are loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["everysat.train", "lightning_fabric", "third_party.strips"])
+    before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)
+    yield lambda folder, *overrides, **environment: context.Process(
+        target=run_in_process, args=(str(folder), list(overrides), environment)
+    )
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing disturbed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = train(recipe(tmp_path_factory.mktemp("whole")), quiet=True)
+    torch.set_num_threads(threads)
+    return run
+
+
+def test_it_learns_and_leaves_what_it_promises(whole):
+    log = Logbook.read(whole.folder)
+    assert [row["step"] for row in log] == list(range(1, 31))
+    assert all(row["loss"] == pytest.approx(row["reconstruction"] + row["contrastive"]) for row in log)
+    first, last = (sum(row["reconstruction"] for row in rows) for rows in (log[:8], log[-8:]))
+    assert last < 0.7 * first
+    assert {f.name for f in whole.folder.iterdir()} == {
+        "weights.safetensors",
+        "weights.safetensors.json",
+        "objective.safetensors",
+        "recipe.yaml",
+        "log.jsonl",
+        "run.json",
+    }
+    facts = json.loads((whole.folder / "run.json").read_text())
+    assert facts["status"] == "complete"
+    assert facts["versions"]["torch"] == torch.__version__
+    assert Recipe.parse(facts["recipe"]) == Recipe.load(whole.folder / "recipe.yaml") == whole.recipe
+    assert facts["weights_sha256"] == json.loads((whole.folder / "weights.safetensors.json").read_text())["sha256"]
+
+
+def test_saved_weights_are_the_run_s(whole):
+    encoder = load(whole.weights)
+    batch = synthetic("images", places=3, size_m=40)[2]
+    torch.testing.assert_close(encoder.embed(batch).mean, whole.encoder.embed(batch).mean, rtol=0, atol=0)
+
+
+def test_a_complete_run_is_loaded_not_repeated(whole, tmp_path):
+    before = (whole.folder / "run.json").read_text()
+    again = train(whole.recipe, quiet=True)
+    assert (whole.folder / "run.json").read_text() == before
+    for name, tensor in whole.objective.state_dict().items():
+        assert torch.equal(again.objective.state_dict()[name], tensor)
+    assert again.log == whole.log
+
+
+def test_killed_anywhere_it_ends_with_the_same_bits(whole, processes, tmp_path):
+    for least in (6, 13, 21):
+        process = processes(tmp_path)
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(Logbook.read(tmp_path)) < least and process.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "weights.safetensors").exists()
+    process = processes(tmp_path)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["resumed_at_step"] >= 20
+    assert [e["status"] for e in facts["earlier"]] == ["running"] * 3
+    assert values(tmp_path) == values(whole.folder)
+    for name in ("weights", "objective"):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (whole.folder, tmp_path))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_two_processes_see_the_losses_of_one(whole, processes, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    alone = train(recipe(tmp_path / "one", "model.options.dropout=0", "steps=8"), quiet=True)
+    both = [
+        processes(tmp_path / "two", "model.options.dropout=0", "steps=8", "devices=2", LOCAL_RANK=rank, **shared)
+        for rank in "01"
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(90)
+    assert [process.exitcode for process in both] == [0, 0]
+    ours, theirs = values(alone.folder), values(tmp_path / "two")
+    assert len(ours) == len(theirs) == 8
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=2e-4)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(whole, tmp_path):
+    class Pressing:
+        """A dataset during whose use somebody presses Ctrl-C."""
+
+        def __init__(self, dataset, at):
+            self.dataset, self.left = dataset, at
+
+        def __len__(self):
+            return len(self.dataset)
+
+        def __getitem__(self, index):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            return self.dataset[index]
+
+        def fingerprint(self):
+            return self.dataset.fingerprint()
+
+    mine = recipe(tmp_path, "workers=0")
+    data = [source.build("data") for source in mine.data]
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step"):
+        train(mine, data=[Pressing(data[0], 70), data[1]], quiet=True)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+    assert 0 < len(Logbook.read(tmp_path)) < 30
+    train(mine, quiet=True)
+    assert values(tmp_path) == values(whole.folder)
+
+
+def test_a_run_on_three_workers_is_the_same(whole, tmp_path):
+    train(recipe(tmp_path, "workers=3"), quiet=True)
+    assert values(tmp_path) == values(whole.folder)
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+    train(recipe(tmp_path, "seed=1", "steps=4"), quiet=True)
+    assert all(a["loss"] != b["loss"] for a, b in zip(values(tmp_path), values(whole.folder), strict=False))
+
+
+def test_another_recipe_or_other_data_are_refused_in_the_same_folder(whole, tmp_path):
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe: ema, lr differ"):
+        train(recipe(whole.folder, "lr=0.02", "ema=null"), quiet=True)
+    others = [synthetic("images", places=24, size_m=40, noise=0.1), whole.recipe.data[1].build("data")]
+    with pytest.raises(RecipeError, match="on other data"):
+        train(whole.recipe, data=others, quiet=True)
+    mine = recipe(tmp_path, "steps=4")
+    train(mine, quiet=True)
+    train(recipe(tmp_path, "steps=5"), restart=True, quiet=True)
+    assert len(Logbook.read(tmp_path)) == 5
+
+
+def test_what_is_not_finite_is_named_and_nothing_of_it_applied(tmp_path):
+    with pytest.raises(
+        NonFiniteError, match=r"step 6: loss term contrastive is nan\. The batch has places [\d, ]+ of synthetic"
+    ):
+        train(recipe(tmp_path, "objective.options.poison_at=11", "checkpoint_every=5"), quiet=True)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["status"] == "failed"
+    assert facts["error"].startswith("NonFiniteError: step 6")
+    assert len(Logbook.read(tmp_path)) == 5
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "checkpoint.safetensors").values())
+
+
+def test_frozen_parts_stay_and_other_learning_rates_hold(tmp_path):
+    start = train(
+        recipe(tmp_path / "start", "steps=1", "warmup_steps=0", "lr=1e-12", "weight_decay=0", "ema=null"), quiet=True
+    )
+    end = train(
+        recipe(tmp_path / "end", "freeze=[encoder.project]", "lr_scale={'encoder.mix.*': 0}", "steps=5", "ema=null"),
+        quiet=True,
+    )
+    before, after = start.encoder.state_dict(), end.encoder.state_dict()
+    for name in before:
+        if name != "seen":
+            torch.testing.assert_close(before[name], after[name], rtol=0, atol=1e-9)
+    assert not torch.allclose(start.objective.decode.weight, end.objective.decode.weight)
+    with pytest.raises(
+        RecipeError, match=r"freeze: no parameter matches 'encoder.projct'. Did you mean encoder.project"
+    ):
+        train(recipe(tmp_path / "wrong", "freeze=[encoder.projct]"), quiet=True)
+    with pytest.raises(RecipeError, match="leaves nothing to train"):
+        train(recipe(tmp_path / "all", "freeze=[encoder, objective]"), quiet=True)
+
+
+def test_accumulated_batches_average_their_gradients(tmp_path):
+    options = [
+        "model.options.dropout=0",
+        "objective.options.plain=true",
+        "augment={}",
+        "ema=null",
+        "steps=1",
+        "warmup_steps=0",
+    ]
+    data = [synthetic("images", places=8, size_m=40), synthetic("images", places=8, size_m=40)]
+    one, two = (
+        train(
+            recipe(tmp_path / f"{size}", *options, f"batch_size={size}", f"accumulate={8 // size}"),
+            data=data,
+            quiet=True,
+        )
+        for size in (8, 4)
+    )
+    for term in ("loss", "gradient_norm"):
+        assert one.log[0][term] == pytest.approx(two.log[0][term], rel=1e-5)
+
+
+def test_weights_begin_from_a_file(whole, tmp_path):
+    run = train(
+        recipe(tmp_path, f"model.weights={whole.weights}", "steps=1", "lr=1e-12", "warmup_steps=0", "ema=null"),
+        quiet=True,
+    )
+    for name, tensor in load(whole.weights).state_dict().items():
+        if name != "seen":
+            torch.testing.assert_close(run.encoder.state_dict()[name], tensor, rtol=0, atol=1e-9)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["initial_weights_sha256"] == json.loads((whole.folder / "run.json").read_text())["weights_sha256"]
+
+
+def test_statistics_of_the_data_normalise_the_inputs(tmp_path):
+    run = train(recipe(tmp_path, "model.statistics=data", "steps=1", "warmup_steps=0"), quiet=True)
+    wanted = load(run.weights).inputs["coarse"]
+    x = torch.cat([synthetic("images", places=24, size_m=40)[i].raster("coarse").values for i in range(24)])
+    torch.testing.assert_close(torch.tensor(wanted.mean), x.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(wanted.std), x.std((0, 2, 3)), rtol=1e-2, atol=1e-3)
+
+
+def test_bf16_runs_and_its_losses_are_near(whole, tmp_path):
+    run = train(recipe(tmp_path, "precision=bf16", "steps=6"), quiet=True)
+    assert all(p.dtype == torch.float32 for p in run.encoder.parameters())
+    exact = train(recipe(tmp_path / "fp32", "steps=6"), quiet=True)
+    for a, b in zip(run.log, exact.log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+        assert a["loss"] != b["loss"]
+
+
+def test_the_average_is_validated_and_saved(tmp_path):
+    options = [
+        "validation=[{name: synthetic/images, options: {places: 6, size_m: 40, seed: 9}}]",
+        "validate_every=10",
+        "lr=0.05",
+    ]
+    run = train(recipe(tmp_path / "ema", *options), quiet=True)
+    rows = [row for row in run.log if "validation_loss" in row]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    plain = train(recipe(tmp_path / "plain", *options, "ema=null"), quiet=True)
+    assert [row["loss"] for row in plain.log] == [row["loss"] for row in run.log]  # the average does not touch training
+    assert plain.log[9]["validation_loss"] != rows[0]["validation_loss"]
+    assert not torch.equal(plain.encoder.project["fine"].weight, run.encoder.project["fine"].weight)
+
+
+def test_learning_rate_rises_then_falls():
+    mine = Recipe.parse(TREE, ["steps=103"])
+    rates = [learning_rate(mine, s) for s in range(103)]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates[53] == pytest.approx(0.5)
+    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
+    assert 0 < rates[-1] < 0.001
+    assert learning_rate(mine.changed(schedule="constant"), 100) == 1.0
+
+
+def test_the_global_generator_is_left_as_it_was(tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(recipe(tmp_path, "steps=2", "warmup_steps=0"), quiet=True)
+    assert torch.equal(torch.rand(3), expected)
+    assert math.isfinite(expected.sum())
