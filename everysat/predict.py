@@ -316,7 +316,8 @@ def _fingerprint(mapper: Mapper, source: _Source) -> str:
 def _facts(thing: Any) -> Any:
     """What decides the output of a mapper: weights by content, the rest by value."""
     if isinstance(thing, nn.Module):
-        return [type(thing).__name__, {k: _digest(v) for k, v in thing.state_dict().items()}]
+        weights = {k: _digest(v) for k, v in thing.state_dict().items()}
+        return [type(thing).__name__, getattr(thing, "config", None), weights]
     if isinstance(thing, Tensor):
         return _digest(thing)
     if isinstance(thing, tuple | list):

@@ -165,3 +165,15 @@ def test_a_table_refuses_ragged_rows_and_prints(capsys):
     out = capsys.readouterr().out
     assert "0.123" in out
     assert "a note" in out
+
+
+def test_draws_that_test_other_groups_add_evidence_and_repeated_ones_do_not():
+    data = samples(noise=1.5)
+
+    def width(draws):
+        score = evaluate(data, draws).score("accuracy")
+        return score.high - score.low
+
+    alone = [width([draw]) for draw in DRAWS]
+    assert width([DRAWS[0]] * 2) == pytest.approx(alone[0])
+    assert width(DRAWS) < 0.85 * sum(alone) / 2

@@ -54,3 +54,9 @@ def test_a_constant_stays_constant_and_beyond_is_invalid(height, width, gsd_m):
 
 def test_grid_shape_holds_the_largest_place():
     assert grid_shape((Place(60, 61), Place(30, 20)), 10.0) == (6, 7)
+
+
+def test_a_finer_pixel_takes_the_value_at_its_centre():
+    ramp = torch.arange(3.0).view(1, 1, 1, 3).expand(1, 2, 3, 3)
+    values, _ = on_grid(raster(ramp, 60.0), 1, 40.0, 4, 4)  # centres at 20, 60, 100 and 140 m
+    assert values[0, 0, 0].tolist() == [0, 1, 1, 2]
