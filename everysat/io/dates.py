@@ -56,7 +56,7 @@ def _pair(value: Any) -> Span:
     if all(isinstance(v, (int, float)) for v in value):
         return float(value[0]), float(value[1])
     start, end = span(value[0])[0], span(value[1])[1]
-    if not start <= end:
+    if not start < end:
         raise ValueError(f"times: {value!r} ends before it starts")
     return start, end
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from everysat.io import dates, grid
 from everysat.io.assign import Found, Wanted, assign
 from everysat.io.calibration import calibration
-from everysat.io.plan import native_gsd
+from everysat.io.plan import contract_sensors, native_gsd
 from everysat.io.plane import Plane, open_planes
 from everysat.sensors import Sensor
 from everysat.types import ContractError, Input
@@ -111,7 +111,7 @@ def inspect(
     """
     single = isinstance(files, (str, PurePath)) or hasattr(files, "dims")
     inputs = {"input": contract} if isinstance(contract, Input) else dict(contract or {})
-    among = list({i.sensor.name: i.sensor for i in inputs.values()}.values())
+    among = contract_sensors(inputs)
     bands: list[BandReport] = []
     problems: list[str] = []
     found: list[Found] = []

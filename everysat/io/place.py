@@ -68,16 +68,20 @@ def place(
 def local_crs(lonlat: tuple[float, float, float, float]) -> CRS:
     """The UTM zone (polar stereographic beyond 84 degrees north, 80 south) of the centre of bounds in degrees."""
     west, south, east, north = lonlat
-    lon, lat = (west + east) / 2, (south + north) / 2
+    lon, lat = ((west + east) / 2 + 180) % 360 - 180, (south + north) / 2
     if not -80 <= lat <= 84:
         return CRS("EPSG:32661" if lat > 0 else "EPSG:32761")
-    return CRS.utm((lon + 180) % 360 - 180, lat)
+    zone = int((lon + 180) / 6) + 1
+    if 56 <= lat < 64 and 3 <= lon < 12:
+        zone = 32  # Norway is not cut through; Svalbard has four wide zones
+    elif lat >= 72 and 0 <= lon < 42:
+        zone = 31 + 2 * int((lon + 3) / 12)
+    return CRS(f"EPSG:{(32600 if lat >= 0 else 32700) + zone}")
 
 
 def on_ground(geobox: GeoBox, gsd: float | None = None) -> GeoBox:
     """A grid of square pixels in the local UTM zone that covers ``geobox``, whose pixels are not square on the ground."""
-    h, w = geobox.shape
-    lon, lat = grid.to_lonlat(geobox, [0, w, w, 0, w / 2, w / 2], [0, 0, h, h, 0, h])
+    lon, lat = grid.to_lonlat(geobox, *_outline(geobox))
     lonlat = (lon.min(), lat.min(), lon.max(), lat.max())
     if lonlat[2] - lonlat[0] > 12:
         raise ValueError(
@@ -93,10 +97,17 @@ def _of_geobox(geobox: GeoBox, gsd_m: float | None, crs: Any) -> Place:
         raise ValueError("source has no CRS; a place needs to know where it is")
     if crs is not None and CRS(crs) != geobox.crs:
         gsd = gsd_m or grid.gsd_m(geobox)
-        return grid.place_of(_snapped(tuple(geobox.footprint(CRS(crs)).boundingbox.bbox), gsd, CRS(crs)))
+        lon, lat = grid.to_lonlat(geobox, *_outline(geobox))
+        return grid.place_of(_snapped(_projected((lon.min(), lat.min(), lon.max(), lat.max()), CRS(crs)), gsd, CRS(crs)))
     if not grid.is_square(geobox):
         return grid.place_of(on_ground(geobox, gsd_m))
     return grid.place_of(geobox if gsd_m is None else grid.at_gsd(geobox, gsd_m))
+
+
+def _outline(geobox: GeoBox) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and rows of points all over a grid, its edges included."""
+    cols, rows = np.meshgrid(np.linspace(0, geobox.shape[1], 11), np.linspace(0, geobox.shape[0], 11))
+    return cols, rows
 
 
 def _raster_grid(path: str | Path) -> GeoBox:
@@ -117,8 +128,9 @@ def _lonlat_bounds(source: Any, size_m: float | None) -> tuple[float, float, flo
     if isinstance(source, BoundingBox):
         if source.crs is None:
             raise ValueError("source is a BoundingBox without CRS")
-        left, bottom, right, top = source.to_crs("EPSG:4326").bbox
-        return left, bottom, right, top
+        to = Transformer.from_crs(source.crs.proj, "EPSG:4326", always_xy=True)
+        left, bottom, right, top = to.transform_bounds(*source.bbox)
+        return left, bottom, right + 360 if right < left else right, top
     numbers = _numbers(source)
     if len(numbers) == 2:
         if size_m is None or not size_m > 0:

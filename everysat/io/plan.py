@@ -18,7 +18,7 @@ from everysat.io.dates import DAY_S, Span
 from everysat.io.labels import tokens
 from everysat.io.plane import Plane, open_planes
 from everysat.io.scene import Clear, LayerPlan, Mask, Part
-from everysat.sensors import Sensor
+from everysat.sensors import Band, Sensor
 from everysat.types import ALWAYS, ContractError, Input
 
 
@@ -109,17 +109,24 @@ def _series(planes: list[Plane], spans: list[Span], order: Sequence[str] | None)
 
 def find_bands(opened: Iterable[Sequence[Plane]], options: Options) -> list[Found]:
     """Every plane that is a band of a wanted sensor."""
-    among = [_facts(wanted.sensor) for wanted in (options.inputs or {}).values()]
-    among = list({sensor.name: sensor for sensor in among}.values())
+    among = contract_sensors(options.inputs or {})
     found = [f for planes in opened for f in assign(planes, options.sensor, among, options.order)]
     if options.bands is not None and options.inputs is None:
         found = _only_bands(found, options.bands)
     return found
 
 
-def _facts(sensor: Sensor) -> Sensor:
-    """The full table where there is one: a contract lists the bands that a model takes."""
-    return sensors.get(sensor.name) if sensor.name in sensors.names() else sensor
+def contract_sensors(inputs: Mapping[str, Input]) -> list[Sensor]:
+    """The sensors that a contract takes, each with all its facts: those of its table, else those of all layers together."""
+    bands: dict[str, dict[str, Band]] = defaultdict(dict)
+    facts = {wanted.sensor.name: wanted.sensor for wanted in inputs.values()}
+    for wanted in inputs.values():
+        bands[wanted.sensor.name].update({band.name: band for band in wanted.sensor.bands})
+    known = sensors.names()
+    return [
+        sensors.get(name) if name in known else replace(facts[name], bands=tuple(some.values()))
+        for name, some in bands.items()
+    ]
 
 
 def _only_bands(found: list[Found], wanted: Sequence[str]) -> list[Found]:

@@ -109,5 +109,7 @@ def _warp(plane: Plane, target: GeoBox, method: str, convert: Convert) -> np.nda
         dst_nodata=np.nan,
         resampling=Resampling[method],
         tolerance=0.0,  # approximated transforms depend on the window
+        XSCALE=1 / ratio,  # so does the width of the kernel, which GDAL guesses from the sizes of the windows
+        YSCALE=1 / ratio,
     )
     return out
