@@ -523,9 +523,10 @@ class Objective(nn.Module, ABC):
 
 
 class Task(Objective):
-    """An objective whose target is a layer of the batch, and that can predict that layer."""
+    """An objective whose target is a layer of the batch, and that can predict that layer; ``sensor`` lists its bands."""
 
     target: str
+    sensor: Sensor
     config: dict[str, Any]
 
     @abstractmethod

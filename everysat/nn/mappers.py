@@ -13,16 +13,7 @@ from torch import Tensor
 from everysat.nn.dense import dense_features
 from everysat.nn.grid import grid_shape
 from everysat.nn.probe import Linear
-from everysat.sensors import Sensor
-from everysat.types import Batch, Encoder, Features, Raster
-
-
-class PixelTask(Protocol):
-    """A task that predicts pixels, such as classification or regression of variant ``pixel``."""
-
-    sensor: Sensor
-
-    def predict(self, features: Features, batch: Batch | None = None) -> Raster: ...
+from everysat.types import Batch, Encoder, Features, Task
 
 
 class Mapper(Protocol):
@@ -136,7 +127,7 @@ class Tasked:
     """What a trained task predicts from an encoder's features, pixel by pixel."""
 
     encoder: Encoder
-    task: PixelTask
+    task: Task
     gsd_m: float
     align_m: float
     halo_m: float
