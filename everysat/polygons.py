@@ -1,0 +1,205 @@
+"""A map from labelled polygons: which pixels they label, which polygons train and which test, how features compare.
+
+Polygons are the unit everywhere: draws of labels take whole polygons, held-out ground is whole blocks, intervals resample
+polygons. Pixels of one polygon are nearly copies of each other and must not lie on both sides of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everysat.baselines import Bands, RandomConvolutions, Statistics
+from everysat.data.split import label_fraction, spatial_blocks
+from everysat.evaluate import Draw, Evaluation, Samples, evaluate
+from everysat.io import vector
+from everysat.nn.draws import stream
+from everysat.nn.mappers import Classified, Dense, Tasked
+from everysat.nn.probe import Scale, fit_linear
+from everysat.progress import Progress
+from everysat.table import Table
+from everysat.types import Batch, Encoder, Place, Task
+
+Extractor = Callable[[Batch], Tensor]
+"""From a batch to features of every pixel, [row, dim, y, x]."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Polygons on a pixel grid: ``label`` (index into ``classes``) and ``polygon`` int64 [y, x], -1 where there is none; of
+    each polygon its class ``of`` [n] (-1: it labels no pixel here) and its centre ``xy_m`` [n, 2] in the place's CRS."""
+
+    label: Tensor
+    polygon: Tensor
+    classes: tuple[str, ...]
+    of: Tensor
+    xy_m: Tensor
+    gsd_m: float
+
+
+def burn(source: Any, place: Place, column: str, *, gsd_m: float, classes: Sequence[str] | None = None) -> Labels:
+    """Labels of a file of polygons on the grid of ``place``; where polygons overlap, the smallest counts."""
+    frame = vector.load_frame(source, place)
+    burnt = vector.rasterize(frame, place, column, classes, gsd_m=gsd_m)
+    names = burnt.raster.sensor.bands[0].classes or {}
+    code = torch.where(burnt.raster.valid, burnt.raster.values, -1)[0, 0].long()
+    of = torch.full((len(frame),), -1)
+    seen = burnt.ids >= 0
+    of[burnt.ids[seen]] = code[seen]
+    centre = frame.geometry.centroid
+    xy_m = torch.tensor([[p.x, p.y] for p in centre], dtype=torch.float64).reshape(-1, 2)
+    return Labels(code, burnt.ids, tuple(names[i] for i in range(len(names))), of, xy_m, gsd_m)
+
+
+def draws(
+    labels: Labels, fraction: float, count: int, *, block_m: float, held_out: float = 0.4, seed: int = 0
+) -> list[Draw]:
+    """``count`` draws: blocks of ``block_m`` metres are held out for testing anew each time, and of the polygons of the other
+    blocks a ``fraction`` of each class trains, at least one of each class that is there. A polygon lies in the block of its
+    centre. Draws of several fractions with the same seed hold out the same blocks."""
+    there = torch.nonzero(labels.of >= 0).flatten().numpy()
+    found: list[Draw] = []
+    for index in range(seed, seed + count):
+        shares = {"train": 1 - held_out, "test": held_out}
+        split = spatial_blocks(labels.xy_m[there].numpy(), block_m, shares, stream(index, "blocks"))
+        train, test = there[split["train"]], there[split["test"]]
+        kept = label_fraction(labels.of[train].numpy(), fraction, stream(index, "labels"))
+        found.append((train[kept].tolist(), test.tolist()))
+    return found
+
+
+def extractors(batch: Batch, gsd_m: float, *, seed: int = 0) -> dict[str, Extractor]:
+    """The baselines without learned weights, fitted to ``batch`` where they need to look at it (never at labels)."""
+    convolutions = RandomConvolutions(gsd_m).fit(batch, torch.Generator().manual_seed(seed))
+    return {
+        "bands": Bands(gsd_m),
+        "image statistics (90 m)": Statistics(gsd_m, (90.0,)),
+        "random convolutions": convolutions,
+    }
+
+
+def dense(encoder: Encoder, gsd_m: float, *, shifts: int = 1, chip_m: float | None = None) -> Dense:
+    """Features of an encoder at ``gsd_m``; by default, chips are of the size that its position tables were learned on."""
+    settings: Any = getattr(encoder, "settings", None)
+    token_m = float(settings.patch_m)
+    return Dense(encoder, gsd_m, token_m, shifts, chip_m=chip_m or token_m * settings.grid)
+
+
+def sampled(extract: Extractor, batch: Batch, labels: Labels) -> tuple[Samples, Scale]:
+    """Features of the labelled pixels, and the mean and deviation of the features over the whole place."""
+    image = extract(batch)[0]
+    flat = image.flatten(1).T
+    every = max(1, len(flat) // 200_000)
+    scale = Scale.of(flat[::every])
+    return Samples.of_grid(image, labels.label, labels.polygon, labels.classes), scale
+
+
+def compare(
+    encoders: Mapping[str, Encoder],
+    batch: Batch,
+    source: Any,
+    column: str,
+    *,
+    fractions: Sequence[float] = (0.02, 0.1, 1.0),
+    draws: int = 5,
+    block_m: float = 1500.0,
+    layers: Mapping[str, Sequence[str]] | None = None,
+    baselines: bool = True,
+    gsd_m: float | None = None,
+    shifts: int = 1,
+    how: str = "probe",
+    seed: int = 0,
+    quiet: bool = False,
+) -> Table:
+    """Encoders beside baselines: pixel macro F1 on held-out blocks, by share of labelled polygons and by layers given.
+
+    ``layers``: names of layers by title of the subset, an empty sequence for all.
+    """
+    gsd_m = gsd_m or min(layer.gsd_m for layer in batch.layers.values())  # type: ignore[union-attr]
+    labels = burn(source, batch.places[0], column, gsd_m=gsd_m)
+    results: dict[tuple[str, str], dict[float, Evaluation]] = {}
+    for subset, names in (layers or {"all": ()}).items():
+        part = batch.only(*names) if names else batch
+        found: dict[str, Extractor] = extractors(part, gsd_m, seed=seed) if baselines else {}
+        found |= {name: dense(encoder, gsd_m, shifts=shifts) for name, encoder in encoders.items()}
+        with Progress(f"Evaluating with {subset}", len(found), quiet=quiet) as bar:
+            for name, extract in found.items():
+                results[name, subset] = scores(
+                    extract, part, labels, fractions, draws, block_m=block_m, how=how, seed=seed
+                )
+                bar.advance(note=name)
+    return table(results)
+
+
+def scores(
+    extract: Extractor,
+    batch: Batch,
+    labels: Labels,
+    fractions: Sequence[float],
+    count: int,
+    *,
+    block_m: float,
+    how: str = "probe",
+    seed: int = 0,
+) -> dict[float, Evaluation]:
+    """One evaluation per share of labelled polygons; the features are computed once."""
+    samples, scale = sampled(extract, batch, labels)
+    return {
+        fraction: evaluate(
+            samples, draws(labels, fraction, count, block_m=block_m, seed=seed), how, seed=seed, scale=scale
+        )
+        for fraction in fractions
+    }
+
+
+def table(
+    results: Mapping[tuple[str, str], Mapping[float, Evaluation]], title: str = "Macro F1 on held-out ground"
+) -> Table:
+    """One row per (features, layers), one column per share of labelled polygons."""
+    rows = []
+    for (name, subset), by_fraction in results.items():
+        row: dict[str, Any] = {"features": name, "layers": subset}
+        for fraction, evaluation in by_fraction.items():
+            row[f"{fraction:.0%} of polygons"] = evaluation.score("macro_f1")
+        rows.append(row)
+    score = next(iter(next(iter(results.values())).values())).score("macro_f1")
+    notes = (
+        f"Macro F1 over pixels: {score.definition}.",
+        f"Mean ± standard deviation over {score.draws} draws of held-out blocks and labelled polygons.",
+    )
+    return Table.of(title, rows, notes)
+
+
+def probe_mapper(
+    encoder: Encoder,
+    batch: Batch,
+    source: Any,
+    column: str,
+    *,
+    gsd_m: float | None = None,
+    shifts: int = 1,
+    seed: int = 0,
+) -> Classified:
+    """What maps classes with a probe fitted on all labelled polygons in ``batch``; its probabilities are calibrated on
+    polygons that were left out in turn."""
+    gsd_m = gsd_m or min(layer.gsd_m for layer in batch.layers.values())  # type: ignore[union-attr]
+    labels = burn(source, batch.places[0], column, gsd_m=gsd_m)
+    features = dense(encoder, gsd_m, shifts=shifts)
+    samples, scale = sampled(features, batch, labels)
+    if len(samples) == 0:
+        raise ValueError(f"no polygon of {source} labels a pixel of the files: do they cover the same ground?")
+    probe = fit_linear(samples.x, samples.label, samples.group, classes=labels.classes, seed=seed, scale=scale)
+    return Classified(features, probe, gsd_m, align_m=features.align_m, halo_m=features.halo_m)
+
+
+def task_mapper(encoder: Encoder, task: Task) -> Tasked:
+    """What maps with a fine-tuned task, token grid by token grid."""
+    settings: Any = getattr(encoder, "settings", None)
+    token_m = float(settings.patch_m)
+    gsd_m = float(task.config.get("gsd_m") or token_m)
+    chip_m = token_m * settings.grid
+    return Tasked(encoder, task, gsd_m, align_m=chip_m, halo_m=chip_m)
