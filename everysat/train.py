@@ -25,13 +25,14 @@ from everysat import checkpoint, manifest
 from everysat.data.batches import Dataset, Plan, in_order, prefetch, shard
 from everysat.logbook import Logbook, Stop
 from everysat.models import weights
+from everysat.nn.batchnorm import over_processes
 from everysat.nn.draws import generator, key
 from everysat.nn.gather import alone, world
 from everysat.optimizer import Average, freeze, learning_rate, parameter_groups, train_mode
 from everysat.progress import Progress
 from everysat.recipe import Recipe as Recipe
 from everysat.recipe import RecipeError
-from everysat.trainee import Held, Trainee, build_encoder
+from everysat.trainee import Held, Trainee, build_encoder, with_absent_layers
 from everysat.types import Batch, Encoder, Objective, Task
 
 FREE_TO_CHANGE = {
@@ -136,6 +137,8 @@ class _Training:
         """Freeze, make the optimiser and the average, and hand everything to the device."""
         recipe, device, self.trainee = self.recipe, self.fabric.device, Trainee(self.encoder, self.objective)
         freeze(self.trainee, recipe.freeze)
+        if self.fabric.world_size > 1:
+            over_processes(self.trainee)
         self.trainee.to(device)
         self.adam = torch.optim.AdamW(
             parameter_groups(recipe, self.trainee),
@@ -229,6 +232,7 @@ class _Training:
         for micro, batch in enumerate(batches):
             # What draws from the global generator, such as dropout, is a function of the step too.
             torch.manual_seed(key(self.recipe.seed, step, micro, self.fabric.global_rank, "dropout"))
+            batch = with_absent_layers(self.encoder, batch) if world()[1] > 1 else batch
             held = Held(batch.to(self.fabric.device), generator(self.recipe.seed, step, micro, "objective"))
             more_follow = micro + 1 < len(batches)
             with self.fabric.no_backward_sync(self.module, enabled=more_follow and world()[1] > 1):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from everysat.data.statistics import band_statistics
 from everysat.find import find
 from everysat.models import weights
 from everysat.recipe import Recipe, RecipeError, check_options
-from everysat.types import Batch, Encoder, Objective
+from everysat.types import Batch, Encoder, Input, Objective, Raster
 
 
 class Trainee(nn.Module):
@@ -67,3 +69,17 @@ def with_statistics(encoder: Encoder, dataset: Dataset) -> Encoder:
     again: Encoder = find("models", encoder.family)[0].from_config(config)
     again.load_state_dict(encoder.state_dict())
     return again
+
+
+def with_absent_layers(encoder: Encoder, batch: Batch) -> Batch:
+    """The batch with an empty raster for every input that only other processes have in theirs: what computes over processes
+    must be called by all of them."""
+    present: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(present, [name for name in encoder.inputs if name in batch.layers])
+    absent = [n for n in encoder.inputs if n not in batch.layers and any(n in names for names in present)]
+    return batch.adding(**{name: _empty(encoder.inputs[name], batch) for name in absent})
+
+
+def _empty(wanted: Input, batch: Batch) -> Raster:
+    height, width = (math.ceil(size_m / wanted.gsd_m - 1e-4) for size_m in (batch.height_m, batch.width_m))
+    return Raster.of(wanted.sensor, torch.zeros(0, len(wanted.sensor.bands), height, width), wanted.gsd_m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from everysat.nn.batchnorm import GlobalBatchNorm, over_processes
 from everysat.nn.gather import gather_rows, global_mean, row_offset
 
 SIZES = (3, 1)
@@ -51,6 +53,12 @@ def work(rank: int, port: int, folder: str) -> None:
             tensor = tensor.detach()
             dist.all_reduce(tensor)
         result[name] = (value.detach() / len(SIZES), weight.grad / len(SIZES))
+    norm = GlobalBatchNorm(5)
+    x = x.clone().requires_grad_()
+    normed = norm(100 + x)
+    global_mean(normed**3).backward()
+    result["norm"] = (normed.detach(), x.grad, norm.running_mean, norm.running_var)
+    x = x.detach()
     result["weighted"] = global_mean(x, (x > 0).float())
     dist.all_reduce(result["weighted"])
     result["weighted"] /= len(SIZES)
@@ -87,9 +95,35 @@ def test_offsets_and_means_over_unequal_parts(results):
         assert result["empty"] == 0
 
 
+def test_batch_norm_is_that_of_the_global_batch(results):
+    x, _ = values()
+    x.requires_grad_()
+    norm = torch.nn.BatchNorm1d(5)
+    normed = norm(100 + x)
+    (normed**3).mean().backward()
+    parts = zip(x.detach().split(SIZES), normed.detach().split(SIZES), x.grad.split(SIZES), results, strict=True)
+    for _, out, grad, result in parts:
+        torch.testing.assert_close(result["norm"][0], out, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result["norm"][1] / len(SIZES), grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(result["norm"][2], norm.running_mean)
+        torch.testing.assert_close(result["norm"][3], norm.running_var, rtol=1e-4, atol=1e-5)
+
+
 def test_without_processes_nothing_is_added():
     x, _ = values()
     everything, offset = gather_rows(x)
     assert everything is x
     assert offset == row_offset(4) == 0
     torch.testing.assert_close(global_mean(x), x.mean())
+
+
+def test_batch_norm_of_one_process_is_torch_s():
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Conv1d(2, 3, 1), torch.nn.BatchNorm1d(3))
+    other = copy.deepcopy(plain)
+    over_processes(other)
+    assert isinstance(other[1], GlobalBatchNorm)
+    assert other.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(4, 2, 5)
+    for mode in (True, False):
+        torch.testing.assert_close(other.train(mode)(x), plain.train(mode)(x), rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from everysat.nn.draws import uniform
@@ -29,7 +30,12 @@ class Pixels(Encoder):
             self.inputs[name] = Input(sensor, gsd_m, tuple(mean), tuple(std))
         listed = {n: {"mean": list(i.mean), "std": list(i.std)} for n, i in self.inputs.items()}
         self.config = {"dim": dim, "dropout": dropout, "modalities": listed}
-        self.project = nn.ModuleDict({"fine": nn.Linear(12, dim), "coarse": nn.Linear(4, dim)})
+        self.project = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Linear(n, dim), nn.BatchNorm1d(dim))
+                for name, n in {"fine": 12, "coarse": 4}.items()
+            }
+        )
         self.mix = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim))
         self.register_buffer("seen", torch.zeros(()))
 
@@ -38,9 +44,11 @@ class Pixels(Encoder):
         for group, name in enumerate(groups):
             raster = self.inputs[name].fit(batch.raster(name), name)
             k = round(10 / raster.gsd_m)
-            x = F.pixel_unshuffle(self.inputs[name].normalise(raster), k)
-            height, width = x.shape[2:]
-            parts.append(self.project[name](x.permute(0, 2, 3, 1).flatten(0, 2)))
+            x = self.inputs[name].normalise(raster)
+            height, width = (size // k for size in x.shape[2:])
+            parts.append(
+                self.project[name](rearrange(x, "o b (h y) (w x) -> (o h w) (b y x)", y=k, x=k, h=height, w=width))
+            )
             y, z = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
             at = (torch.stack([y, z], -1).flatten(0, 1) + 0.5).repeat(len(raster.row), 1) * 10.0
             row = raster.row.repeat_interleave(height * width)
@@ -55,7 +63,7 @@ class Pixels(Encoder):
         rows = len(tokens.places)
         total = x.new_zeros(rows, self.dim).index_add(0, tokens.coords.row, x)
         count = torch.bincount(tokens.coords.row, minlength=rows)[:, None]
-        return Features(x, tokens.coords, total / count, tokens.places)
+        return Features(x, tokens.coords, total / count.clamp(min=1), tokens.places)
 
 
 class Contrast(Objective):
