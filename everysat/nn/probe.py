@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -333,7 +334,8 @@ def _solve(
         gradient = np.vstack([rows.T @ residual + strength * both[:-1], residual.sum(0)])
         return value + strength / 2 * float((both[:-1] ** 2).sum()), gradient.ravel().astype(np.float64)
 
-    found = minimize(cost, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "ftol": 1e-7})
+    with threadpool_limits(1):  # products this small lose time, many times over on a busy machine, when shared by threads
+        found = minimize(cost, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "ftol": 1e-7})
     both = torch.from_numpy(found.x.reshape(shape).astype(np.float32))
     return both[:-1], both[-1] + torch.from_numpy(absent)
 
