@@ -145,7 +145,7 @@ def _baseline(plane: Plane, sensor: Sensor, band: Band, baseline: str | None) ->
         "carry an offset. Give processing_baseline='04.00' or what the product says, or '00.00' where the offset was removed"
     )
     if plane.time is None:
-        warnings.warn(f"{advice}. Read as if there were no offset", stacklevel=2)
+        warnings.warn(f"{advice}. Read as if there were no offset", stacklevel=8)
     elif plane.time[0] >= _OFFSET_SINCE_S:
         raise ContractError(advice)
     return 0.0

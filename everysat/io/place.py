@@ -51,6 +51,8 @@ def place(
         source = _raster_grid(source)
     if isinstance(source, GeoBox):
         return _of_geobox(source, gsd_m, crs)
+    if isinstance(source, (str, Path)):
+        source = _frame(source)
     lonlat = _lonlat_bounds(source, size_m)
     gsd = DEFAULT_GSD_M if gsd_m is None else gsd_m
     if not gsd > 0:
@@ -58,7 +60,7 @@ def place(
     target = local_crs(lonlat) if crs is None else CRS(crs)
     if not target.projected:
         raise ValueError(f"crs={crs!r} is in degrees, in which pixels are not square; give a projected CRS or none")
-    bounds = _projected(lonlat, target)
+    bounds = _bounds(source, lonlat, target)
     if size_m is not None:
         x, y = (bounds[0] + bounds[2]) / 2, (bounds[1] + bounds[3]) / 2
         return grid.place_of(_square(x, y, size_m, gsd, target))
@@ -98,7 +100,9 @@ def _of_geobox(geobox: GeoBox, gsd_m: float | None, crs: Any) -> Place:
     if crs is not None and CRS(crs) != geobox.crs:
         gsd = gsd_m or grid.gsd_m(geobox)
         lon, lat = grid.to_lonlat(geobox, *_outline(geobox))
-        return grid.place_of(_snapped(_projected((lon.min(), lat.min(), lon.max(), lat.max()), CRS(crs)), gsd, CRS(crs)))
+        return grid.place_of(
+            _snapped(_projected((lon.min(), lat.min(), lon.max(), lat.max()), CRS(crs)), gsd, CRS(crs))
+        )
     if not grid.is_square(geobox):
         return grid.place_of(on_ground(geobox, gsd_m))
     return grid.place_of(geobox if gsd_m is None else grid.at_gsd(geobox, gsd_m))
@@ -117,8 +121,6 @@ def _raster_grid(path: str | Path) -> GeoBox:
 
 
 def _lonlat_bounds(source: Any, size_m: float | None) -> tuple[float, float, float, float]:
-    if isinstance(source, (str, Path)):
-        source = _frame(source)
     if hasattr(source, "total_bounds"):
         if source.crs is None:
             raise ValueError("source has no CRS: set it, for instance with frame.set_crs('EPSG:4326')")
@@ -163,6 +165,15 @@ def _frame(path: str | Path) -> Any:
     from everysat.io.vector import load_frame
 
     return load_frame(path)
+
+
+def _bounds(source: Any, lonlat: Sequence[float], crs: CRS) -> Sequence[float]:
+    """Bounds of ``source`` in ``crs``, tighter than those of its bounds in degrees."""
+    if hasattr(source, "total_bounds"):
+        return [float(v) for v in source.to_crs(crs.to_wkt()).total_bounds]
+    if isinstance(source, BoundingBox) and source.crs is not None:
+        return Transformer.from_crs(source.crs.proj, crs.proj, always_xy=True).transform_bounds(*source.bbox)
+    return _projected(lonlat, crs)
 
 
 def _projected(lonlat: Sequence[float], crs: CRS) -> tuple[float, float, float, float]:

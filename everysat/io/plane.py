@@ -30,11 +30,19 @@ OPEN_FILES = 64
 """Files kept open per process; the system's limit is often 1024, and a long series has more."""
 
 
+# GDAL decodes JP2 in threads of its own, whose errors are lost: a truncated file would read as zeros.
+_GDAL = {"GDAL_NUM_THREADS": "1"}
+
+
 class Handles:
-    """Files opened once per process, the least recently used closed first. Each comes with the lock to read it under."""
+    """Files opened once per process, the least recently used closed first. Each comes with the lock to read it under.
+
+    ``warnings`` is held where Python's filter of warnings is changed, here or inside rasterio, because all threads share it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.warnings = threading.Lock()
         self._open: OrderedDict[tuple[str, tuple[int, int]], tuple[Any, threading.Lock]] = OrderedDict()
 
     def get(self, path: str, opener: Callable[[str], Any]) -> tuple[Any, threading.Lock]:
@@ -76,7 +84,7 @@ def open_raster(path: str) -> Any:
     if "://" not in path and not path.startswith("/vsi") and not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with warnings.catch_warnings():
+        with HANDLES.warnings, warnings.catch_warnings(), rasterio.Env(**_GDAL):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             return rasterio.open(path)
     except RasterioError as error:
@@ -99,7 +107,7 @@ class FilePixels:
         window = rasterio.windows.Window.from_slices(rows, cols)
         options = {"window": window, "out_shape": shape, "resampling": Resampling.nearest}
         try:
-            with lock:
+            with lock, rasterio.Env(**_GDAL):
                 values = dataset.read(self.index, **options)
                 mask = dataset.read_masks(self.index, **options) > 0 if self.masked else None
         except RasterioError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,9 @@ from everysat.types import Batch, Place, Raster
 
 Clear = Collection[int] | Callable[[np.ndarray], np.ndarray]
 """Which codes of a mask mean clear: the codes, or a function from codes to a bool array."""
+
+_LARGE = 1 << 16
+"""Pixels from which decoding takes longer than starting threads."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,17 @@ class LayerPlan:
     def read(self, target: GeoBox) -> Raster:
         shape = (len(self.times), len(self.sensor.bands), *target.shape)
         values = np.full(shape, np.nan, np.float32)
-        for (obs, band), parts in self.parts.items():
+
+        def fill(item: tuple[tuple[int, int], tuple[Part, ...]]) -> None:
+            (obs, band), parts = item
             values[obs, band] = _filled([p.plane for p in parts], self._reader(parts, target))
+
+        if target.shape[0] * target.shape[1] < _LARGE or len(self.parts) == 1:
+            for item in self.parts.items():
+                fill(item)
+        else:
+            with ThreadPoolExecutor(min(len(self.parts), os.cpu_count() or 1)) as pool:
+                list(pool.map(fill, self.parts.items()))
         valid = np.isfinite(values)
         for obs, masks in enumerate(self.masks):
             for mask in masks:

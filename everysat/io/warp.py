@@ -14,7 +14,7 @@ from rasterio.enums import Resampling
 from rasterio.warp import reproject
 
 from everysat.io import grid
-from everysat.io.plane import Plane
+from everysat.io.plane import HANDLES, Plane
 
 METHODS = ("auto", "nearest", "bilinear", "cubic", "average", "mode")
 Convert = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -98,18 +98,20 @@ def _warp(plane: Plane, target: GeoBox, method: str, convert: Convert) -> np.nda
     if window is None:
         return out
     source = grid.crop(plane.geobox, *window)
-    reproject(
-        convert(*plane.read(*window)),
-        out,
-        src_transform=source.affine,
-        src_crs=grid.crs_of(source).to_wkt(),
-        src_nodata=np.nan,
-        dst_transform=target.affine,
-        dst_crs=grid.crs_of(target).to_wkt(),
-        dst_nodata=np.nan,
-        resampling=Resampling[method],
-        tolerance=0.0,  # approximated transforms depend on the window
-        XSCALE=1 / ratio,  # so does the width of the kernel, which GDAL guesses from the sizes of the windows
-        YSCALE=1 / ratio,
-    )
+    values = convert(*plane.read(*window))
+    with HANDLES.warnings:
+        reproject(
+            values,
+            out,
+            src_transform=source.affine,
+            src_crs=grid.crs_of(source).to_wkt(),
+            src_nodata=np.nan,
+            dst_transform=target.affine,
+            dst_crs=grid.crs_of(target).to_wkt(),
+            dst_nodata=np.nan,
+            resampling=Resampling[method],
+            tolerance=0.0,  # approximated transforms depend on the window
+            XSCALE=1 / ratio,  # so does the width of the kernel, which GDAL guesses from the sizes of the windows
+            YSCALE=1 / ratio,
+        )
     return out

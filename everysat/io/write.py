@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import geopandas
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
+import pyarrow.parquet as pq
 import shapely
 import shapely.affinity
 import torch
@@ -185,15 +187,19 @@ def _raster_zarr(raster: Raster, path: Path, geobox: GeoBox) -> None:
 
 
 def _store(dataset: xr.Dataset, path: Path) -> None:
-    chunks = {
-        name: {"chunks": tuple(min(size, _CHUNK if dim in ("y", "x") else 64 if dim == "feature" else 1) for dim, size in variable.sizes.items())}
+    most = {"y": _CHUNK, "x": _CHUNK, "feature": 64}
+    encoding = {
+        name: {
+            **variable.encoding,
+            "chunks": tuple(min(size, most.get(str(dim), 1)) for dim, size in variable.sizes.items()),
+        }
         for name, variable in dataset.data_vars.items()
         if variable.ndim >= 2
-    }  # fmt: skip
+    }
     with replacing(path) as partial, warnings.catch_warnings():
         # Not yet in the specification of format 3, but without it opening a remote store takes a request a variable.
         warnings.filterwarnings("ignore", "Consolidated metadata")
-        dataset.to_zarr(partial, mode="w", zarr_format=3, consolidated=True, encoding=chunks)
+        dataset.to_zarr(partial, mode="w", zarr_format=3, consolidated=True, encoding=encoding)
 
 
 def _grid(features: Features, values: torch.Tensor) -> tuple[np.ndarray, GeoBox]:
@@ -244,18 +250,22 @@ def _features_parquet(features: Features, path: Path) -> None:
         "group": coords.group.cpu().numpy(),
         "time_start": _stamps(coords.time_s[:, 0]),
         "time_end": _stamps(coords.time_s[:, 1]),
-        "embedding": _vectors(features.mean, dim),
     }
+    small = io.BytesIO()
+    geopandas.GeoDataFrame(columns, geometry=_squares(features)).to_parquet(
+        small, write_covering_bbox=True, index=False
+    )
+    # Vectors of fixed length, which search engines map without parsing, have no counterpart in pandas: they join here.
+    table = pq.read_table(small).append_column("embedding", _vectors(features.mean, dim))
     if features.var is not None:
-        columns["variance"] = _vectors(features.var, dim)
-    frame = geopandas.GeoDataFrame(columns, geometry=_squares(features))
+        table = table.append_column("variance", _vectors(features.var, dim))
     with replacing(path) as partial:
-        frame.to_parquet(partial, compression="zstd", write_covering_bbox=True, index=False)
+        pq.write_table(table, partial, compression="zstd")
 
 
 def _vectors(values: torch.Tensor, dim: int) -> Any:
     flat = pa.array(values.detach().cpu().float().numpy().ravel())
-    return pd.arrays.ArrowExtensionArray(pa.FixedSizeListArray.from_arrays(flat, dim))
+    return pa.FixedSizeListArray.from_arrays(flat, dim)
 
 
 def _stamps(seconds: torch.Tensor) -> Any:

