@@ -17,9 +17,7 @@ _WHERE = {
     "load": "models.weights", "save": "models.weights",
     "read": "io.read", "place": "io.read",
     "write": "io.write",
-    "Recipe": "train", "train": "train",
-    "predict": "predict",
-    "evaluate": "evaluate",
+    "Recipe": "recipe",
 }  # fmt: skip
 __all__ = sorted(_WHERE)
 

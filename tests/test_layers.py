@@ -19,6 +19,8 @@ LAYERS = (
     ("recipe", "manifest", "checkpoint", "logbook"),
     ("optimizer", "trainee"),
     ("train", "predict", "evaluate", "store", "report"),
+    ("polygons",),
+    ("demo",),
     ("cli", "serve"),
 )
 """From the bottom to the top. Parts of one layer do not import each other; files of one part may."""

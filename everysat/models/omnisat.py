@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from everysat import sensors
 from everysat.find import suggest
 from everysat.nn.attention import Block, CrossBlock
+from everysat.nn.gather import world
 from everysat.nn.patch import PatchCnn, TexturePool
 from everysat.nn.position import Grid, day_number
 from everysat.nn.temporal import Ltae
@@ -75,7 +76,8 @@ class Modality(BaseModel):
 class Config(BaseModel):
     """Sizes and modalities of an :class:`OmniSat`. ``grid`` is the side, in patches, of the learned position tables; other
     tile sizes interpolate them. ``absolute`` and ``relative`` switch the two kinds of positions, ``modality_code`` a learned
-    vector per modality (both ablations of the paper); ``locality`` as in :class:`RelativeTable`."""
+    vector per modality (both ablations of the paper); ``locality`` as in :class:`RelativeTable`. With ``skip``, the
+    feature of a patch is its fused token followed by its projected token of each modality (zeros where it has none)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     modalities: dict[str, Modality]
@@ -91,6 +93,7 @@ class Config(BaseModel):
     relative: bool = True
     locality: float = 0.0
     modality_code: bool = False
+    skip: bool = False
     quirks: tuple[Quirk, ...] = ()
 
     @model_validator(mode="after")
@@ -134,7 +137,8 @@ class OmniSat(Encoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.settings, self.config, self.dim = config, config.model_dump(mode="json", exclude_none=True), config.dim
+        self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
+        self.dim = config.dim * (1 + len(config.modalities) if config.skip else 1)
         self.inputs = {name: modality.input() for name, modality in config.modalities.items()}
         self.projectors = nn.ModuleDict({name: self._projector(name) for name in config.modalities})
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.dim))
@@ -184,7 +188,8 @@ class OmniSat(Encoder):
         grid = self.grid_of(batch)
         parts: list[tuple[Tensor, Tensor]] = []
         memo: dict[str, dict[str, Any]] = {"patches": {}, "attention": {}, "indices": {}, "series": {}}
-        groups = tuple(n for n in self.inputs if n in batch.layers and len(batch.raster(n).row))
+        # An input without observations is left out, unless another process may have some: then all take part in its sums.
+        groups = tuple(n for n in self.inputs if n in batch.layers and (len(batch.raster(n).row) or world()[1] > 1))
         for name in groups:
             patches = self._cut(name, self.inputs[name].fit(batch.raster(name), name), grid)
             image = self.settings.modalities[name].projector in ("image", "texture")
@@ -195,7 +200,7 @@ class OmniSat(Encoder):
             for key, value in side_products.items():
                 memo[key][name] = value
         if not parts:
-            nothing = self.class_token.new_zeros(0, self.dim)
+            nothing = self.class_token.new_zeros(0, self.settings.dim)
             parts, counts = [(nothing, torch.zeros(0, dtype=torch.long, device=nothing.device))], [0]
         else:
             counts = [len(where) for _, where in parts]
@@ -262,11 +267,11 @@ class OmniSat(Encoder):
         x = tokens.x
         if self.position is not None:
             x = x + self._table(self.position, grid)[0, 1:][cell]
+        if hidden is not None and mask_token is not None:
+            x = torch.where(hidden[:, None], mask_token.view(1, -1), x)
         if self.modality_code is not None:
             order = torch.tensor([list(self.inputs).index(name) for name in tokens.groups], device=cell.device)
             x = x + self.modality_code[order][tokens.coords.group]
-        if hidden is not None and mask_token is not None:
-            x = torch.where(hidden[:, None], mask_token.view(1, -1), x)
         z, keep = self._fill(x, tokens, cell, height * width)
         copies = max(len(tokens.groups), 1)
         keys = Grid(1, copies, height, width)
@@ -280,7 +285,7 @@ class OmniSat(Encoder):
         """Class token and tokens of each place as [place, 1 + modality x patch, dim], and which of them are there."""
         rows, length = len(tokens.places), max(len(tokens.groups), 1) * cells
         slot = tokens.coords.row * length + tokens.coords.group * cells + cell
-        z = x.new_zeros(rows * length, self.dim).index_copy(0, slot, x).view(rows, length, self.dim)
+        z = x.new_zeros(rows * length, x.shape[1]).index_copy(0, slot, x).view(rows, length, -1)
         first = self.class_token + (0 if self.position is None else self.position[:, :1])
         z = torch.cat([first.expand(rows, -1, -1).to(z.dtype), z], dim=1)
         if len(tokens) == rows * length:
@@ -292,7 +297,23 @@ class OmniSat(Encoder):
         cells = grid[0] * grid[1]
         series = torch.unique(tokens.coords.row * cells + cell)
         coords = self._coords(series, torch.zeros_like(series), grid)
-        return Features(z[:, 1:].flatten(0, 1)[series], coords, z[:, 0], tokens.places)
+        mean, summary = z[:, 1:].flatten(0, 1)[series], z[:, 0]
+        if self.settings.skip:
+            mean, summary = self._beside_tokens(mean, summary, tokens, cell, cells, series)
+        return Features(mean, coords, summary, tokens.places)
+
+    def _beside_tokens(
+        self, mean: Tensor, summary: Tensor, tokens: Tokens, cell: Tensor, cells: int, series: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fused features with the projected tokens of each modality behind them; for the summary, their means."""
+        rows, kinds = len(tokens.places), len(self.inputs)
+        order = torch.tensor([list(self.inputs).index(name) for name in tokens.groups], device=cell.device).long()
+        kind = order[tokens.coords.group]
+        own = tokens.x.new_zeros(rows * cells, kinds, tokens.x.shape[1])
+        own = own.index_put((tokens.coords.row * cells + cell, kind), tokens.x)
+        count = torch.bincount(tokens.coords.row * kinds + kind, minlength=rows * kinds).view(rows, kinds, 1)
+        means = own.view(rows, cells, kinds, -1).sum(1) / count.clamp(min=1)
+        return torch.cat([mean, own[series].flatten(1)], 1), torch.cat([summary, means.flatten(1)], 1)
 
     def _grid_of_tokens(self, tokens: Tokens) -> tuple[int, int]:
         return self.grid_of(Batch(tokens.places))

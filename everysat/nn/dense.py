@@ -106,7 +106,7 @@ def _lattice(embed: Embed, place: Batch, plan: _Plan, batch_size: int) -> Tensor
             count = tokens[0] - (a > 0), tokens[1] - (b > 0)
             if min(count) < 1:
                 continue
-            view = _shifted(place, a * plan.step_m, b * plan.step_m, count, plan.token_m)
+            view = shifted(place, a * plan.step_m, b * plan.step_m, count, plan.token_m)
             found = _chipped(embed, view, count, plan, batch_size)
             if lattice is None:
                 lattice = torch.full((len(found), *(k * n for n in tokens)), math.nan)
@@ -115,16 +115,17 @@ def _lattice(embed: Embed, place: Batch, plan: _Plan, batch_size: int) -> Tensor
     return lattice
 
 
-def _shifted(place: Batch, south_m: float, east_m: float, tokens: tuple[int, int], token_m: float) -> Batch:
-    """The ``tokens`` that begin ``south_m`` and ``east_m`` from the place's corner; beyond the place nothing is valid."""
+def shifted(batch: Batch, south_m: float, east_m: float, tokens: tuple[int, int], token_m: float) -> Batch:
+    """The ``tokens`` (rows, columns) that begin ``south_m`` and ``east_m`` from the corner of each place; beyond the place
+    nothing is valid. Between pixels, values are means by the area that each covers."""
     size = tokens[0] * token_m, tokens[1] * token_m
     layers = {}
-    for name, raster in place.layers.items():
+    for name, raster in batch.layers.items():
         assert isinstance(raster, Raster)
         for axis, offset_m in ((2, south_m), (3, east_m)):
             raster = _moved(raster, axis, offset_m / raster.gsd_m, round(size[axis - 2] / raster.gsd_m))
         layers[name] = raster
-    return Batch((Place(*size, lonlat=place.places[0].lonlat),), layers)
+    return Batch(tuple(Place(*size, lonlat=place.lonlat) for place in batch.places), layers)
 
 
 def _moved(raster: Raster, axis: int, offset: float, count: int) -> Raster:

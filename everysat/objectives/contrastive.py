@@ -25,7 +25,7 @@ def mil_nce(
     - ``all``: everything but the same modality of the same place, as published;
     - ``other_modalities``: no token of the same modality at all;
     - ``everything``: all but the token itself;
-    - ``other_images``: all but tokens of the same place.
+    - ``other_images``: the positives and all tokens of other places.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.float(), dim=1, eps=1e-8)
@@ -39,7 +39,7 @@ def mil_nce(
             "all": same_group & same_row,
             "other_modalities": same_group,
             "everything": same_group & same_row & (cell[:, None] == cells),
-            "other_images": same_row,
+            "other_images": same_row & ~positive,
         }[negatives]
         paired = positive.any(1)
         similarity, positive, excluded = similarity[paired], positive[paired], excluded[paired]

@@ -127,6 +127,10 @@ def test_hides_the_asked_share_of_what_is_there(generator) -> None:
         {"negatives": None},
         {"reconstruct": False},
         {"normalise": False},
+        {"random_ratio": True, "contrasted": 0.5, "negatives": "other_images"},
+        {"shift_m": 5.0, "shift_step_m": 5.0, "texture": 4},
+        {"random_ratio": True, "contrasted": 0.5, "negatives": "other_images"},
+        {"shift_m": 5.0, "shift_step_m": 5.0, "texture": 4},
     ],
 )
 def test_losses_are_finite_and_reach_every_parameter(options, generator) -> None:
@@ -178,3 +182,27 @@ def test_training_lowers_the_loss(generator) -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_turned_views_meet_on_the_same_ground(generator) -> None:
+    """Tokens of a second view, without any move, carry the coordinates of the ground that they saw."""
+    model = tiny(modalities={"s2-mono": omnisat.VARIANTS["tiny"]["modalities"]["s2-mono"]})
+    _, _, batch = arrays(model, 2, 1)
+    views = pretraining.ShiftedViews(10.0, 5.0, 5.0)
+    views.count = 1  # no move: one pixel is one patch, so that a turn changes no token, only where it is
+    for _ in range(8):
+        first, second = views(batch, generator)
+        a, b = model.tokenize(first), second.original(model.tokenize(second.batch))
+        key_a, key_b = (t.coords.row * 100 + t.coords.cells()[:, 0] * 10 + t.coords.cells()[:, 1] for t in (a, b))
+        torch.testing.assert_close(a.x[key_a.argsort()], b.x[key_b.argsort()])
+
+
+def test_skip_puts_projected_tokens_beside_fused_ones() -> None:
+    model, plain = tiny(skip=True), tiny()
+    _, _, batch = arrays(model, 2, 3)
+    features, fused = model.embed(batch), plain.embed(batch)
+    assert model.dim == 32 * 6
+    torch.testing.assert_close(features.mean[:, :32], fused.mean)
+    alone = model.embed(batch.only("s2"))
+    assert (alone.mean[:, 32:96] == 0).all()  # spot and texture were not given
+    torch.testing.assert_close(alone.mean[:, 96:128], features.mean[:, 96:128])

@@ -23,7 +23,7 @@ def loop(x, group, row, cell, tau, negatives):
             "all": lambda j, i=i: group[j] == group[i] and row[j] == row[i],
             "other_modalities": lambda j, i=i: group[j] == group[i],
             "everything": lambda j, i=i: i == j,
-            "other_images": lambda j, i=i: row[j] == row[i],
+            "other_images": lambda j, i=i, positives=positives: row[j] == row[i] and j not in positives,
         }[negatives]
         denominator = sum(s[j] for j in range(len(x)) if not outside(j))
         total += math.log(denominator) - math.log(sum(s[j] for j in positives))
