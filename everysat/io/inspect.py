@@ -17,7 +17,8 @@ from everysat.io import dates, grid
 from everysat.io.assign import Found, Wanted, assign
 from everysat.io.calibration import calibration
 from everysat.io.plan import contract_sensors, native_gsd
-from everysat.io.plane import Plane, open_planes
+from everysat.io.plane import Plane
+from everysat.io.sources import open_planes
 from everysat.sensors import Sensor
 from everysat.types import ContractError, Input
 

@@ -15,6 +15,8 @@ from odc.geo.geom import BoundingBox
 from pyproj import Transformer
 
 from everysat.io import grid
+from everysat.io.sources import open_planes
+from everysat.io.vector import load_frame
 from everysat.types import Place
 
 VECTOR_SUFFIXES = (".geojson", ".json", ".gpkg", ".shp", ".fgb", ".parquet", ".geoparquet", ".kml")
@@ -52,7 +54,7 @@ def place(
     if isinstance(source, GeoBox):
         return _of_geobox(source, gsd_m, crs)
     if isinstance(source, (str, Path)):
-        source = _frame(source)
+        source = load_frame(source)
     lonlat = _lonlat_bounds(source, size_m)
     gsd = DEFAULT_GSD_M if gsd_m is None else gsd_m
     if not gsd > 0:
@@ -115,8 +117,6 @@ def _outline(geobox: GeoBox) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _raster_grid(path: str | Path) -> GeoBox:
-    from everysat.io.plane import open_planes
-
     return open_planes(path)[0].geobox
 
 
@@ -159,12 +159,6 @@ def _numbers(source: Any) -> list[float]:
             "for projected metres give an odc-geo BoundingBox with its CRS"
         )
     return numbers
-
-
-def _frame(path: str | Path) -> Any:
-    from everysat.io.vector import load_frame
-
-    return load_frame(path)
 
 
 def _bounds(source: Any, lonlat: Sequence[float], crs: CRS) -> Sequence[float]:

@@ -16,8 +16,10 @@ from everysat.io.assign import Found, Wanted, assign
 from everysat.io.calibration import calibration
 from everysat.io.dates import DAY_S, Span
 from everysat.io.labels import tokens
-from everysat.io.plane import Plane, open_planes
+from everysat.io.place import on_ground
+from everysat.io.plane import Plane
 from everysat.io.scene import Clear, LayerPlan, Mask, Part
+from everysat.io.sources import open_planes
 from everysat.sensors import Band, Sensor
 from everysat.types import ALWAYS, ContractError, Input
 
@@ -257,8 +259,6 @@ def _mask_at(key: str, planes: list[Plane], time: Span, clear: Clear) -> Mask:
 
 def base_grid(plans: Mapping[str, LayerPlan]) -> GeoBox:
     """The grid of a scene without a given place: that of its finest planes, in square pixels, around all of them."""
-    from everysat.io.place import on_ground
-
     planes = {id(p.plane): p.plane for plan in plans.values() for parts in plan.parts.values() for p in parts}
     boxes = list(dict.fromkeys(plane.geobox for plane in planes.values()))
     finest = min(grid.gsd_m(box) for box in boxes)

@@ -173,28 +173,13 @@ class Plane:
         return values, valid
 
 
-def open_planes(source: Any, crs: Any = None) -> list[Plane]:
-    """The planes of a file, a Zarr store, or an xarray object.
+def file_planes(path: str, crs: Any = None) -> list[Plane]:
+    """The bands of a file that GDAL reads; ``crs`` is assumed where it tells none.
 
     Raises:
         OSError: the file is not there or cannot be read; the message names it.
-        ValueError: it has no CRS or no grid, and ``crs`` was not given.
+        ValueError: it has no CRS or no georeference.
     """
-    if hasattr(source, "dims") and hasattr(source, "coords"):
-        from everysat.io.cube import cube_planes
-
-        return cube_planes(source, crs)
-    path = os.fspath(source)
-    if path.rstrip("/").lower().endswith((".zarr", ".nc", ".nc4", ".cdf")):
-        from everysat.io.cube import cube_planes
-
-        return cube_planes(path, crs)
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; give the files in it that are to be read")
-    return _file_planes(path, crs)
-
-
-def _file_planes(path: str, crs: Any) -> list[Plane]:
     dataset, lock = HANDLES.get(path, open_raster)
     with lock:
         if dataset.crs is None and crs is None:
