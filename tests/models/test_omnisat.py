@@ -129,8 +129,6 @@ def test_hides_the_asked_share_of_what_is_there(generator) -> None:
         {"normalise": False},
         {"random_ratio": True, "contrasted": 0.5, "negatives": "other_images"},
         {"shift_m": 5.0, "shift_step_m": 5.0, "texture": 4},
-        {"random_ratio": True, "contrasted": 0.5, "negatives": "other_images"},
-        {"shift_m": 5.0, "shift_step_m": 5.0, "texture": 4},
     ],
 )
 def test_losses_are_finite_and_reach_every_parameter(options, generator) -> None:
