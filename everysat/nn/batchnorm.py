@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from everysat.nn.gather import world
+from everysat.nn.gather import group, world
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -69,11 +69,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=group())
         return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)
+        dist.all_reduce(grad, group=group())
         return grad

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def world() -> tuple[int, int]:
     if not _ALONE.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@cache
+def group() -> dist.ProcessGroup:
+    """Processes in a group of their own, made at first use, which all must come to together.
+
+    Data parallel training reduces gradients during the backward pass, in an order that depends on which parameters a process
+    used. In one group with that, the collectives of this module would meet those of another kind.
+    """
+    return dist.new_group()
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -66,14 +77,14 @@ def global_mean(x: Tensor, weight: Tensor | None = None) -> Tensor:
     _, size = world()
     if size > 1:
         count = count.to(torch.float64)
-        dist.all_reduce(count)
+        dist.all_reduce(count, group=group())
     return total * size / count.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def _counts(rows: int, device: torch.device | str) -> list[int]:
     mine = torch.tensor([rows], dtype=torch.int64, device=device)
     counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, mine)
+    dist.all_gather(counts, mine, group=group())
     return [int(count) for count in counts]
 
 
@@ -84,7 +95,7 @@ class _Gather(torch.autograd.Function):
         padded = x.new_zeros(max(counts), *x.shape[1:])  # collectives want equal sizes
         padded[: x.shape[0]] = x
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=group())
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
@@ -92,6 +103,6 @@ class _Gather(torch.autograd.Function):
         # Every process's loss depends on every row: the sum over processes, which the average over processes of data
         # parallel training then divides by their number.
         grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)
+        dist.all_reduce(grad, group=group())
         start = sum(ctx.counts[: dist.get_rank()])
         return grad[start : start + ctx.counts[dist.get_rank()]], None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from everysat.nn.gather import world
 from everysat.nn.position import sinusoid
 
 
@@ -57,6 +58,8 @@ class Ltae(nn.Module):
         """
         x = self.observation(x)
         if x.shape[0] == 0:
+            if world()[1] > 1:  # statistics over processes need all of them, here and in the backward pass
+                return self.out_norm(self.out(x.new_zeros(count, x.shape[1]) + x.sum(0))), x.new_zeros(0)
             return x.new_zeros(count, self.dim), x.new_zeros(0)
         lengths = torch.bincount(series, minlength=count)
         pool = self._pool_equal if int(lengths.min()) == int(lengths.max()) else self._pool_ragged
