@@ -65,6 +65,18 @@ def is_square(geobox: GeoBox) -> bool:
     return abs(height / width - 1) < 0.01
 
 
+def is_true_to_scale(geobox: GeoBox) -> bool:
+    """Whether pixels have the same size everywhere: square, and in a CRS whose units are metres on the ground here."""
+    height, width = pixel_m(geobox)
+    unit = crs_of(geobox).proj.axis_info[0].unit_conversion_factor
+    nominal = math.hypot(geobox.affine.a, geobox.affine.d) * unit
+    return (
+        crs_of(geobox).projected
+        and is_square(geobox)
+        and math.isclose(math.sqrt(height * width), nominal, rel_tol=5e-3)
+    )
+
+
 def gsd_m(geobox: GeoBox) -> float:
     """Ground sampling distance, metres, free of rounding noise; of pixels that are not square, the geometric mean."""
     height, width = pixel_m(geobox)
@@ -96,12 +108,13 @@ def place_of(geobox: GeoBox) -> Place:
     return Place(geobox.shape[0] * gsd, geobox.shape[1] * gsd, geobox, (float(lon), float(lat)))
 
 
-def at_gsd(geobox: GeoBox, gsd: float) -> GeoBox:
+def at_gsd(geobox: GeoBox, gsd: float, own: float | None = None) -> GeoBox:
     """The grid of pixels of ``gsd`` metres from the same north-west corner that covers ``geobox``.
 
-    Where the extent is no multiple of ``gsd`` the last row and column reach beyond it.
+    Where the extent is no multiple of ``gsd`` the last row and column reach beyond it. ``own`` is the ground sampling
+    distance of ``geobox``, measured when omitted.
     """
-    ratio = gsd / gsd_m(geobox)
+    ratio = gsd / (gsd_m(geobox) if own is None else own)
     if abs(ratio - 1) < 1e-6:
         return geobox
     height, width = (max(1, math.ceil(n / ratio - 1e-4)) for n in geobox.shape)

@@ -264,7 +264,7 @@ def base_grid(plans: Mapping[str, LayerPlan]) -> GeoBox:
     finest = min(grid.gsd_m(box) for box in boxes)
     fine = [box for box in boxes if grid.gsd_m(box) < 1.001 * finest]
     whole = fine[0] if len(fine) == 1 else _union(fine)
-    if grid.is_square(whole) and grid.axis_aligned(whole):
+    if grid.is_true_to_scale(whole) and grid.axis_aligned(whole):
         return whole
     return on_ground(whole, min(plan.gsd_m for plan in plans.values()))
 

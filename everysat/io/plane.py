@@ -35,14 +35,10 @@ _GDAL = {"GDAL_NUM_THREADS": "1"}
 
 
 class Handles:
-    """Files opened once per process, the least recently used closed first. Each comes with the lock to read it under.
-
-    ``warnings`` is held where Python's filter of warnings is changed, here or inside rasterio, because all threads share it.
-    """
+    """Files opened once per process, the least recently used closed first. Each comes with the lock to read it under."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.warnings = threading.Lock()
         self._open: OrderedDict[tuple[str, tuple[int, int]], tuple[Any, threading.Lock]] = OrderedDict()
 
     def get(self, path: str, opener: Callable[[str], Any]) -> tuple[Any, threading.Lock]:
@@ -84,7 +80,7 @@ def open_raster(path: str) -> Any:
     if "://" not in path and not path.startswith("/vsi") and not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with HANDLES.warnings, warnings.catch_warnings(), rasterio.Env(**_GDAL):
+        with warnings.catch_warnings(), rasterio.Env(**_GDAL):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             return rasterio.open(path)
     except RasterioError as error:

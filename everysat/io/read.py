@@ -47,7 +47,7 @@ def read(
         times: dates where files do not tell: one for all (a tuple is a start and an end), a list with one for each file (or
             for each step of a single file), or a mapping from file names. See :func:`everysat.io.dates.span`.
         resampling: ``auto`` (nearest for classes; average when coarsening, of radar in linear power; bilinear else) or
-            ``nearest``, ``bilinear``, ``cubic``, ``average``, ``mode``.
+            ``nearest``, ``bilinear``, ``average``, ``mode``.
         names: new names of layers by their default ones.
         valid: masks: a word of a file's or band's name, or the path of a mask, with the codes that mean clear (or a
             function from codes to bool, for bit flags): ``{"fmask": (0, 1)}``.

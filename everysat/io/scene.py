@@ -147,8 +147,16 @@ class Scene:
             ValueError: slices that cut pixels of a coarser layer; see :attr:`step`.
         """
         geobox = window if isinstance(window, GeoBox) else self._crop(window)
-        layers = {name: layer.read(grid.at_gsd(geobox, layer.gsd_m)) for name, layer in self.layers.items()}
+        own = self._gsd_m(geobox)
+        layers = {name: layer.read(grid.at_gsd(geobox, layer.gsd_m, own)) for name, layer in self.layers.items()}
         return Batch((grid.place_of(geobox),), layers)
+
+    def _gsd_m(self, geobox: GeoBox) -> float:
+        """That of the scene, in windows of it too: some CRS have pixels that are larger in one place than in another."""
+        if geobox.crs != self.geobox.crs:
+            return grid.gsd_m(geobox)
+        a, b = geobox.affine, self.geobox.affine
+        return grid.gsd_m(self.geobox) * math.hypot(a.a, a.d) / math.hypot(b.a, b.d)
 
     def _crop(self, window: tuple[slice, slice] | None) -> GeoBox:
         if window is None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
 
 from everysat.io import grid
+from everysat.io.plane import HANDLES
 from everysat.io.read import open_scene
 from everysat.sensors import Band, Sensor
 from everysat.types import Raster
@@ -65,8 +66,7 @@ def test_window_equals_crop(files, optical, where, data):
     for name, layer in part.layers.items():
         values, valid = cropped(whole.raster(name), *spans, base)
         assert torch.equal(layer.valid, valid)
-        # GDAL's transforms agree to some 1e-5 pixels; neighbouring pixels of this noise differ by up to 0.4.
-        torch.testing.assert_close(layer.values, values, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(layer.values, values, rtol=1e-6, atol=1e-6)
 
 
 def test_other_zone_is_reached(files, optical):
@@ -151,3 +151,69 @@ def test_layers_of_very_different_resolution(make):
     batch = open_scene([fine, coarse], sensor=sensor).read()
     assert batch.raster("s-500m").values.shape == (1, 1, 3, 3)
     assert batch.places[0].width_m == 1300
+
+
+def test_large_windows_of_a_curved_warp_equal_crops(make):
+    """Degrees at 60 north onto a grid in metres: meridians converge, so that the shift between both grids bends."""
+    sensor = Sensor("heights", "terrain", (Band("z", 10, "m"),), "made for a test")
+    rows, cols = np.mgrid[0:600, 0:900].astype(np.float32)
+    path = make("z.tif", rows * 10 + cols, transform=Affine(4e-4, 0, 10.0, 0, -2e-4, 60.0), crs="EPSG:4326")
+    scene = open_scene(path, sensor=sensor)
+    (whole,) = scene.read().layers.values()
+    spans = slice(37, 411), slice(203, 611)
+    (part,) = scene.read(spans).layers.values()
+    assert torch.equal(part.valid, whole.valid[..., *spans])
+    torch.testing.assert_close(part.values, whole.values[..., *spans], rtol=0, atol=1e-2)
+    cols, rows = np.meshgrid(np.arange(scene.shape[1]) + 0.5, np.arange(scene.shape[0]) + 0.5)
+    lon, lat = grid.to_lonlat(scene.geobox, cols, rows)
+    expected = 10 * ((60 - lat) / 2e-4 - 0.5) + (lon - 10) / 4e-4 - 0.5
+    inner = (lon > 10.001) & (lon < 10.359) & (lat < 59.999) & (lat > 59.881)
+    np.testing.assert_allclose(whole.values[0, 0].numpy()[inner], expected[inner], atol=1e-2)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:3857", "EPSG:4326"])
+def test_places_on_grids_whose_scale_changes(make, numbers, crs):
+    """Windows have the grid of the whole, though their pixels measure differently on the ground."""
+    sensor = Sensor("s", "terrain", (Band("a", 10, "m"), Band("b", 10, "m")), "made for a test")
+    side = 20 / np.cos(np.radians(60)) if crs == "EPSG:3857" else 2e-4
+    corner = (1_113_000.0, 8_399_000.0) if crs == "EPSG:3857" else (10.0, 60.0)
+    across = side if crs == "EPSG:3857" else 2 * side
+    box = GeoBox((900, 300), Affine(across, 0, corner[0], 0, -side, corner[1]), crs)
+    files = [
+        make("a.tif", numbers(900, 300), transform=box.affine, crs=crs),
+        make("b.tif", numbers(450, 150), transform=box.affine * Affine.scale(2), crs=crs),
+    ]
+    place = grid.place_of(box)
+    scene = open_scene(files, sensor=sensor, place=place)
+    whole, part = scene.read(), scene.read((slice(800, 860), slice(20, 80)))
+    for one, other in zip(whole.layers.values(), part.layers.values(), strict=True):
+        k = round(one.gsd_m / grid.gsd_m(box))
+        where = (..., slice(800 // k, 860 // k), slice(20 // k, 80 // k))
+        assert torch.equal(other.values, one.values[where])
+
+
+@pytest.mark.parametrize(("method", "value"), [("average", 25.0), ("mode", 0.0), ("nearest", 0.0)])
+def test_methods_of_coarsening_between_zones(make, method, value):
+    """A fine pattern, a quarter of which is 100, onto coarse pixels of the next zone."""
+    sensor = Sensor("s", "terrain", (Band("a", 10, "m"),), "made for a test")
+    pattern = np.zeros((600, 600), np.float32)
+    pattern[::2, ::2] = 100
+    box = GeoBox((10, 10), Affine(150, 0, 161_500, 0, -150, 5_407_500), "EPSG:32633")
+    scene = open_scene(make("a.tif", pattern), sensor=sensor, place=grid.place_of(box), gsd_m=150, resampling=method)
+    (layer,) = scene.read().layers.values()
+    assert layer.valid.all()
+    assert layer.values.mean() == pytest.approx(value, abs=30 if method == "nearest" else 3)
+    if method == "nearest":
+        assert set(layer.values.unique().tolist()) <= {0.0, 100.0}
+
+
+def open_files(_):
+    return len(HANDLES._open)
+
+
+def test_a_forked_process_opens_files_of_its_own(files, optical):
+    """File positions and locks would be shared with the parent."""
+    open_scene(files, sensor=optical).read()
+    assert open_files(0) > 0
+    with multiprocessing.get_context("fork").Pool(1) as process:
+        assert process.map(open_files, [0]) == [0]

@@ -115,6 +115,17 @@ def test_map_of_classes_has_colours_names_and_no_mixed_codes(tmp_path):
         assert set(np.unique(file.read(1))) <= {0, 1, 7, 255}
 
 
+def test_overviews_never_mix_codes(tmp_path):
+    classes = {0: "none", 10: "forest", 900: "town"}
+    wide = Sensor("wide", "classes", (Band("wide", 10, "class", classes=classes),), "made for a test")
+    codes = torch.tensor([0.0, 10.0, 900.0])[
+        torch.randint(0, 3, (1, 1, 1100, 700), generator=torch.Generator().manual_seed(0))
+    ]
+    path = write(Raster.of(wide, codes, 10.0), tmp_path / "x.tif", place=spot(1100, 700))
+    with rasterio.open(path, overview_level=0) as file:
+        assert set(np.unique(file.read(1))) == {0, 10, 900}
+
+
 def test_zarr_is_what_xarray_and_cf_expect(tmp_path):
     times = [(0.0, 86400.0), (86400.0, 2 * 86400.0)]
     made = raster(obs=2, times=times)
