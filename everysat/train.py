@@ -48,7 +48,7 @@ FREE_TO_CHANGE = {
 """Fields of a recipe that may differ when a run is resumed: they do not touch the weights (beyond rounding, for devices)."""
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(ValueError):
     """A loss or a gradient is NaN or infinite. The message names step, term or parameter, and the places of the batch."""
 
 

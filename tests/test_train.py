@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from everysat.data.synthetic import build as synthetic
 from everysat.logbook import Logbook
-from everysat.models.weights import load
+from everysat.models.weights import load, load_task
 from everysat.optimizer import learning_rate
 from everysat.recipe import Recipe, RecipeError
 from everysat.train import NonFiniteError, train
@@ -370,3 +370,43 @@ def test_the_global_generator_is_left_as_it_was(tmp_path):
     train(recipe(tmp_path, "steps=2", "warmup_steps=0"), quiet=True)
     assert torch.equal(torch.rand(3), expected)
     assert math.isfinite(expected.sum())
+
+
+def test_a_task_is_fine_tuned_by_the_same_loop(whole, tmp_path):
+    task = {"name": "classify/place", "options": {"classes": ["a", "b", "c", "d"]}}
+    options = {"size_m": 40, "label_gsd_m": 40, "regions": 1, "noise": 0.02}
+    data = [{"name": "synthetic/images", "options": {**options, "places": 40}}]
+    changes = {
+        "objective": None,
+        "task": task,
+        "data": data,
+        "steps": 60,
+        "lr": 0.02,
+        "ema": None,
+        "validation": [{"name": "synthetic/images", "options": {**options, "places": 48}}],
+        "model": {**TREE["model"], "weights": str(whole.weights)},
+        "augment": {"flip": True, "drop_layers": 0.3},
+    }
+    run = train(recipe(tmp_path, *(f"{k}={json.dumps(v)}" for k, v in changes.items())), quiet=True)
+    assert run.log[-1]["validation_macro_f1"] > 0.9
+    assert run.log[-1]["validation_loss"] < run.log[0]["loss"]
+    encoder, loaded = load_task(run.weights)
+    batch = synthetic("images", places=41, size_m=40)[40]
+    ours, theirs = (t.predict(e.embed(batch), batch) for e, t in ((run.encoder, run.objective), (encoder, loaded)))
+    assert torch.equal(ours.values, theirs.values)
+    again = train(run.recipe, quiet=True)
+    assert torch.equal(again.objective.predict(again.encoder.embed(batch), batch).values, ours.values)
+
+
+def test_tensorboard_is_asked_for_in_words_when_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'everysat\[tensorboard\]'"):
+        train(recipe(tmp_path, "tensorboard=true"), quiet=True)
+
+
+def test_a_log_that_was_cut_off_is_read_up_to_there(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    assert [row["step"] for row in Logbook.read(tmp_path)] == [1, 2]
+    with Logbook(tmp_path, 1) as log:
+        log.write(2, loss=math.inf)
+    assert Logbook.read(tmp_path) == [{"step": 1, "loss": 2}, {"step": 2, "loss": None}]

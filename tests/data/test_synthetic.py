@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from everysat.data.batches import Dataset
 from everysat.data.synthetic import build
@@ -63,8 +62,10 @@ def test_every_modality_tells_the_classes(name):
         x.append(torch.nn.functional.adaptive_avg_pool2d(raster.values.mean(0), 6).flatten(1).T)
         y.append(data[i].raster("label").values.flatten())
     split = 36 * 12
-    x, y = torch.cat(x).numpy(), torch.cat(y).numpy()
-    score = LogisticRegression(C=1e3, max_iter=500).fit(x[:split], y[:split]).score(x[split:], y[split:])
+    x, y = torch.cat(x), torch.cat(y).long()
+    x = torch.cat([x, x**2, torch.ones(len(x), 1)], 1)
+    weights = torch.linalg.lstsq(x[:split], torch.nn.functional.one_hot(y[:split], 4).float()).solution
+    score = ((x[split:] @ weights).argmax(1) == y[split:]).float().mean()
     assert score > 0.75  # of 4 classes
 
 
