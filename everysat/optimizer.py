@@ -51,6 +51,13 @@ def train_mode(module: nn.Module) -> None:
             part.eval()
 
 
+def adamw(recipe: Recipe, module: nn.Module, device: torch.device) -> torch.optim.AdamW:
+    """The optimiser of a recipe, fused where there is such a version."""
+    fused = device.type in ("cpu", "cuda")
+    groups = parameter_groups(recipe, module)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
+
+
 def parameter_groups(recipe: Recipe, module: nn.Module) -> list[dict[str, Any]]:
     """Parameters by factor on the learning rate (``scale``; the last pattern that matches counts) and by whether weight decay
     holds, which it does for what has at least two dimensions of more than one entry (not for biases, norms, single tokens)."""

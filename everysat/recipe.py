@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -160,6 +161,10 @@ class Recipe(_Part):
         except ValidationError as error:
             lines = "\n".join(f"  {_explain(cls, e)}" for e in error.errors(include_url=False))
             raise RecipeError(f"{where} cannot be used:\n{lines}") from error
+
+    def plain(self) -> dict[str, Any]:
+        """All fields as they come back from a JSON file, for comparison."""
+        return json.loads(self.model_dump_json())
 
     def changed(self, **fields: Any) -> Recipe:
         """With these fields replaced, checked again."""

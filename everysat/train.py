@@ -9,7 +9,6 @@ of one that was not. All processes share one global batch; losses are those of t
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -28,11 +27,11 @@ from everysat.models import weights
 from everysat.nn.batchnorm import over_processes
 from everysat.nn.draws import generator, key
 from everysat.nn.gather import alone, world
-from everysat.optimizer import Average, freeze, learning_rate, parameter_groups, train_mode
+from everysat.optimizer import Average, adamw, freeze, learning_rate, train_mode
 from everysat.progress import Progress
 from everysat.recipe import Recipe as Recipe
 from everysat.recipe import RecipeError
-from everysat.trainee import Held, Trainee, build_encoder, with_absent_layers
+from everysat.trainee import Held, Trainee, build_encoder, launch, with_absent_layers
 from everysat.types import Batch, Encoder, Objective, Task
 
 FREE_TO_CHANGE = {
@@ -94,7 +93,7 @@ def train(
         RecipeError: the recipe does not fit its modules, or the folder holds a run of another recipe.
         NonFiniteError: the loss or the gradient is not finite. KeyboardInterrupt: after a checkpoint was saved.
     """
-    fabric = _fabric(recipe)
+    fabric = launch(recipe)
     cuda = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         return _Training(recipe, fabric, data, validation, restart, quiet).run()
@@ -140,13 +139,7 @@ class _Training:
         if self.fabric.world_size > 1:
             over_processes(self.trainee)
         self.trainee.to(device)
-        self.adam = torch.optim.AdamW(
-            parameter_groups(recipe, self.trainee),
-            lr=recipe.lr,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        self.adam = adamw(recipe, self.trainee, device)
         self.module, self.optimizer = self.fabric.setup(self.trainee, self.adam)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.trainee.named_parameters()}
         self.trained = [p for p in self.names if p.requires_grad]
@@ -350,7 +343,7 @@ class _Training:
         }
 
     def _refuse_other_recipe(self, before: Mapping[str, Any]) -> None:
-        mine, old = _json(self.recipe), before.get("recipe", {})
+        mine, old = self.recipe.plain(), before.get("recipe", {})
         differ = sorted(k for k in {*mine, *old} - FREE_TO_CHANGE if mine.get(k) != old.get(k))
         if differ:
             raise RecipeError(
@@ -366,7 +359,7 @@ class _Training:
         recipe = self.recipe
         return {
             "kind": "training",
-            "recipe": _json(recipe),
+            "recipe": recipe.plain(),
             "seed": recipe.seed,
             "data_hashes": [manifest.fingerprint(d) for d in self.data],
             "places": [len(d) for d in self.data],
@@ -386,7 +379,7 @@ class _Training:
 
     def _save_weights(self) -> None:
         """The encoder and the task, with their contract; what another objective learned goes to a file of its own."""
-        facts = {"source": "trained", "run": self.recipe.name, "recipe": _json(self.recipe)}
+        facts = {"source": "trained", "run": self.recipe.name, "recipe": self.recipe.plain()}
         task = self.objective if isinstance(self.objective, Task) else None
         weights.save(self.folder / "weights.safetensors", self.encoder, task, facts)
         if task is None:
@@ -401,25 +394,5 @@ class _Training:
         return Run(self.recipe, weights.load(path), self.objective.eval(), log)
 
 
-def _fabric(recipe: Recipe) -> Any:
-    """Devices, precision and processes. Imported here because it costs a second."""
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
-
-    strategy: Any = "auto"
-    if recipe.devices > 1:
-        # A modality that no place of a batch has leaves its parameters without gradient.
-        strategy = DDPStrategy(find_unused_parameters=True)
-    precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed"}[recipe.precision]
-    fabric = Fabric(accelerator=recipe.accelerator, strategy=strategy, devices=recipe.devices, precision=precision)
-    fabric.launch()
-    return fabric
-
-
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _json(recipe: Recipe) -> dict[str, Any]:
-    """As it comes back from a JSON file, for comparison."""
-    return json.loads(recipe.model_dump_json())

@@ -1,4 +1,4 @@
-"""What is trained: an encoder that a recipe describes, with its objective."""
+"""What is trained, and on what: the encoder that a recipe describes with its objective, devices and processes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ from everysat.find import find
 from everysat.models import weights
 from everysat.recipe import Recipe, RecipeError, check_options
 from everysat.types import Batch, Encoder, Input, Objective, Raster
+
+
+def launch(recipe: Recipe) -> Any:
+    """Devices, precision and processes. Imported here because it costs a second."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
+    strategy: Any = "auto"
+    if recipe.devices > 1:
+        # A modality that no place of a batch has leaves its parameters without gradient.
+        strategy = DDPStrategy(find_unused_parameters=True)
+    precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed"}[recipe.precision]
+    fabric = Fabric(accelerator=recipe.accelerator, strategy=strategy, devices=recipe.devices, precision=precision)
+    fabric.launch()
+    return fabric
 
 
 class Trainee(nn.Module):

@@ -134,11 +134,10 @@ def build(
             raise ValueError("column is missing: which attribute of the polygons holds the class?")
         base = grid.gsd_m(scene.geobox) if label_gsd_m is None else label_gsd_m
         burned, ids = vector.rasterize(labels, scene.place, column, classes, gsd_m=base)
-        of_tiles = {n: _polygons(Tiles(scene, c, side, label, _numbered(burned, ids), None)) for n, c in parts.items()}
-        own = _owned(of_tiles, part)
-        kept = _some_polygons(own, burned, ids, fraction, seed)
-        corners = corners[[bool(torch.isin(mine, kept).any()) for mine, _ in of_tiles[part]]]
-        burned = replace(burned, valid=burned.valid & torch.isin(ids, kept)[None, None])
+        pick = stream(seed, "labels")
+        burned, corners = _kept_labels(
+            Tiles(scene, corners, side, label, burned, None), ids, parts, part, fraction, pick
+        )
     tiles = Tiles(scene, corners, side, label, burned, whole)
     if min_valid:
         tiles = replace(tiles, corners=corners[[_valid_share(tiles[i], label) >= min_valid for i in range(len(tiles))]])
@@ -202,6 +201,19 @@ def _parts(
     return {name: corners[index] for name, index in split.items()}
 
 
+def _kept_labels(
+    tiles: Tiles, ids: Tensor, parts: Mapping[str, np.ndarray], part: str, fraction: float, rng: np.random.Generator
+) -> tuple[Raster, np.ndarray]:
+    """The labels of the polygons that belong to ``part``, a fraction of them, and the corners of tiles that have any."""
+    assert tiles.labels is not None
+    numbered = replace(tiles, labels=_numbered(tiles.labels, ids))
+    of_tiles = {name: _polygons(replace(numbered, corners=corners)) for name, corners in parts.items()}
+    kept = _some_polygons(_owned(of_tiles, part), tiles.labels, ids, fraction, rng)
+    some = [bool(torch.isin(mine, kept).any()) for mine, _ in of_tiles[part]]
+    valid = tiles.labels.valid & torch.isin(ids, kept)[None, None]
+    return replace(tiles.labels, valid=valid), parts[part][some]
+
+
 def _numbered(burned: Raster, ids: Tensor) -> Raster:
     """The label layer with the number of the polygon in place of its class (float64 holds every int that can come)."""
     return replace(burned, values=ids[None, None].double())
@@ -227,13 +239,13 @@ def _owned(of_tiles: Mapping[str, list[tuple[Tensor, Tensor]]], part: str) -> Te
     return torch.nonzero((counts.argmax(0) == names.index(part)) & (counts.sum(0) > 0)).flatten()
 
 
-def _some_polygons(own: Tensor, burned: Raster, ids: Tensor, fraction: float, seed: int) -> Tensor:
+def _some_polygons(own: Tensor, burned: Raster, ids: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Of the polygons ``own``, ``fraction`` of each class."""
     if fraction == 1 or not len(own):
         return own
     first = torch.stack([torch.nonzero(ids.flatten() == i)[0, 0] for i in own])
     codes = burned.values.flatten()[first].numpy()
-    return own[torch.from_numpy(label_fraction(codes, fraction, stream(seed, "labels")))]
+    return own[torch.from_numpy(label_fraction(codes, fraction, rng))]
 
 
 def _valid_share(batch: Batch, label: str) -> float:
