@@ -146,7 +146,7 @@ def _bilinear(values: np.ndarray, row: np.ndarray, col: np.ndarray) -> np.ndarra
             seen = np.isfinite(corner)
             total += np.where(seen, corner, 0.0) * (wi * wj)
             weight += seen * (wi * wj)
-    known = np.isfinite(_nearest(values, row, col)) & (weight > 0)
+    known = np.isfinite(_nearest(values, row, col))
     return np.where(known, total / np.where(known, weight, 1.0), np.nan).astype(np.float32)
 
 
