@@ -63,6 +63,48 @@ def dense_features(
     return torch.stack([_sample(lattice, plan, gsd_m, height, width, how) for lattice in lattices])
 
 
+def dense_at(
+    encoder: Encoder | Embed,
+    batch: Batch,
+    gsd_m: float,
+    y: Tensor,
+    x: Tensor,
+    *,
+    token_m: float,
+    shifts: int = 1,
+    chip_m: float | None = None,
+    stride_m: float | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Bilinear features of single pixels of ``gsd_m``, float [n, dim], of a batch of one place: those that
+    :func:`dense_features` gives at rows ``y`` and columns ``x`` [n], without holding all others."""
+    plan = _plan(token_m, shifts, chip_m, stride_m)
+    embed: Embed = encoder.embed if isinstance(encoder, Encoder) else encoder
+    known = batch.only(*encoder.inputs) if isinstance(encoder, Encoder) else batch
+    lattice = _lattice(embed, known[0], plan, batch_size)
+    total = lattice.new_zeros(len(y), lattice.shape[0])
+    share = lattice.new_zeros(len(y), 1)
+    nodes = [_nodes(at, plan, gsd_m, lattice.shape[axis]) for axis, at in ((1, y), (2, x))]
+    for row, row_part in ((nodes[0][0], 1 - nodes[0][2]), (nodes[0][1], nodes[0][2])):
+        for col, col_part in ((nodes[1][0], 1 - nodes[1][2]), (nodes[1][1], nodes[1][2])):
+            found = lattice[:, row, col].T
+            weight = (row_part * col_part)[:, None] * torch.isfinite(found[:, :1])
+            total += torch.nan_to_num(found) * weight
+            share += weight
+    return torch.where(share > 1e-6, total / share.clamp(min=1e-6), math.nan)
+
+
+def _nodes(pixel: Tensor, plan: _Plan, gsd_m: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two nodes of a lattice axis of ``count`` nodes around the centres of pixels, and the share of the second. The last
+    of the unshifted nodes holds for what lies beyond it."""
+    last = count - plan.shifts
+    at = ((pixel + 0.5) * gsd_m - plan.token_m / 2) / plan.step_m
+    at = (at + 1e-6).clamp(0, last)
+    low = at.floor().long()
+    part = at - low
+    return low, (low + 1).clamp(max=last), torch.where(part < 1e-4, 0.0, part)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Sides in metres; ``side`` and ``stride`` of a chip in tokens, ``side`` 0 for whole places."""
@@ -218,13 +260,7 @@ def _sample(lattice: Tensor, plan: _Plan, gsd_m: float, height: int, width: int,
     seen = torch.isfinite(lattice[0]).float()
     total = torch.nan_to_num(lattice)
     for axis, count in ((1, height), (2, width)):
-        # Position of the pixel's centre among the nodes; the last of the unshifted nodes holds for what lies beyond it.
-        last = lattice.shape[axis] - plan.shifts
-        at = ((torch.arange(count) + 0.5) * gsd_m - plan.token_m / 2) / plan.step_m
-        at = (at + 1e-6).clamp(0, last)
-        low = at.floor().long()
-        high, part = (low + 1).clamp(max=last), at - low
-        part = torch.where(part < 1e-4, 0.0, part)
+        low, high, part = _nodes(torch.arange(count), plan, gsd_m, lattice.shape[axis])
         part = part[:, None] if axis == 1 else part
         total, seen = (_between(t, low, high, part, t.ndim - 3 + axis) for t in (total, seen))
     return torch.where(seen > 1e-6, total / seen.clamp(min=1e-6), math.nan)

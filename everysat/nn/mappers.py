@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from everysat.nn.dense import dense_features
+from everysat.nn.dense import dense_at, dense_features
 from everysat.nn.grid import grid_shape
 from everysat.nn.probe import Linear
 from everysat.types import Batch, Encoder, Features, Task
@@ -84,6 +84,12 @@ class Dense:
             name: getattr(self, name) for name in ("token_m", "shifts", "how", "chip_m", "stride_m", "batch_size")
         }
         return dense_features(self.embed or self.encoder, batch.only(*self.encoder.inputs), self.gsd_m, **options)
+
+    def at(self, batch: Batch, y: Tensor, x: Tensor) -> Tensor:
+        """Features of single pixels [n, dim], without holding the image; ``how`` must be bilinear."""
+        options = {name: getattr(self, name) for name in ("token_m", "shifts", "chip_m", "stride_m", "batch_size")}
+        known = batch.only(*self.encoder.inputs)
+        return dense_at(self.embed or self.encoder, known, self.gsd_m, y, x, **options)
 
 
 @dataclass(frozen=True)

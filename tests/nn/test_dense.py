@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simple_encoder import SquareEncoder, image_batch
 
-from everysat.nn.dense import dense_features
+from everysat.nn.dense import dense_at, dense_features
 
 
 class MeanEncoder(SquareEncoder):
@@ -125,3 +125,14 @@ def test_sizes_that_do_not_fit_are_refused(encoder, generator, options, message)
     batch = image_batch(torch.rand(1, 2, 12, 12, generator=generator))
     with pytest.raises(ValueError, match=message):
         dense_features(encoder, batch, 10.0, **{"token_m": 30.0, **options})
+
+
+@pytest.mark.parametrize("shifts", [1, 3])
+def test_single_pixels_equal_those_of_the_image(encoder, generator, shifts):
+    values = torch.rand(1, 2, 12, 15, generator=generator)
+    values[0, :, :3, :3] = torch.nan
+    batch = image_batch(values)
+    image = dense_features(encoder, batch, 10.0, token_m=30.0, shifts=shifts)[0]
+    y, x = torch.randint(12, (40,), generator=generator), torch.randint(15, (40,), generator=generator)
+    found = dense_at(encoder, batch, 10.0, y, x, token_m=30.0, shifts=shifts)
+    torch.testing.assert_close(found, image[:, y, x].T, equal_nan=True)
