@@ -38,7 +38,9 @@ def sensors(name: Annotated[str | None, typer.Argument(help="one sensor in detai
 
     if name is None:
         found = [tables.get(each) for each in tables.names()]
-        rows = [(s.name, s.kind, len(s.bands), f"{min(b.gsd_m for b in s.bands):g}", s.title) for s in found]
+        rows: list[tuple[object, ...]] = [
+            (s.name, s.kind, len(s.bands), f"{min(b.gsd_m for b in s.bands):g}", s.title) for s in found
+        ]
         _print(Table("Sensors", ("name", "kind", "bands", "finest m", "what"), tuple(rows)))
         return
     sensor = tables.get(name)
@@ -178,12 +180,22 @@ def embed(
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Features of a place, as a Zarr store, a Cloud-Optimized GeoTIFF or GeoParquet."""
+    """Features of an area, one per token: as a Cloud-Optimized GeoTIFF (of any size, resumable), Zarr or GeoParquet."""
+    from everysat import polygons
     from everysat.io.write import write
+    from everysat.predict import predict as run
+    from everysat.types import Features
 
     encoder = _encoder(model)
-    print(write(encoder.embed(_scene(files, encoder, sensor, times, place).read()), out))
+    scene = _scene(files, encoder, sensor, times, place)
+    mapper = polygons.dense(encoder, polygons.token_m(encoder))
+    if out.suffix in (".tif", ".tiff"):
+        print(run(mapper, scene, out, quiet=quiet)["features"])
+        return
+    batch = scene.read()
+    print(write(Features.of_grid(mapper(batch), batch.places, mapper.gsd_m), out))
 
 
 @app.command()
@@ -191,8 +203,8 @@ def convert(
     name: Annotated[str, typer.Argument(help="model and variant that the file holds, such as omnisat/treesat")],
     file: Annotated[Path, typer.Argument(help="published checkpoint: .pth, .ckpt or .safetensors")],
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the .safetensors")],
-    licence: Annotated[str | None, typer.Option(help="of the weights, for the contract")] = None,
-    source: Annotated[str | None, typer.Option(help="where the weights come from, for the contract")] = None,
+    licence: Annotated[str, typer.Option(help="of the weights, for the contract")] = "",
+    source: Annotated[str, typer.Option(help="where the weights come from, for the contract")] = "",
 ) -> None:
     """Published weights under the names used here, with a contract beside them. The only command that unpickles."""
     from everysat.models import weights

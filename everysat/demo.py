@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from everysat import polygons
+from everysat.baselines import Statistics
 from everysat.data import berlin
 from everysat.data.augment import crop
 from everysat.evaluate import Draw, Score, evaluate
@@ -26,6 +28,7 @@ from everysat.polygons import Labels
 from everysat.predict import predict
 from everysat.progress import Progress
 from everysat.recipe import Recipe
+from everysat.sensors import Band, Sensor
 from everysat.train import Run, train
 from everysat.types import Batch, Encoder, Raster, Task
 
@@ -114,9 +117,7 @@ def _all_scores(
         for subset, layers in subsets.items():
             part = batch.only(*layers) if layers else batch
             for name in names:
-                content = cells.get(
-                    name, subset, lambda n=name, p=part: _row(n, p, trained, labels, fractions, draws, out)
-                )  # type: ignore[misc]
+                content = cells.get(name, subset, partial(_row, name, part, trained, labels, fractions, draws, out))
                 results[name, subset] = {float(f): Score(**s) for f, s in content["scores"].items()}
                 if name == "pre-trained" and subset == "all bands":
                     extra = content["calibration"]
@@ -130,10 +131,7 @@ def _row(
     if name == "from scratch":
         found = _from_scratch(trained, batch, labels, fractions, draws, out)
     else:
-        encoder = polygons.dense(trained.encoder, GSD_M, shifts=SHIFTS)
-        baselines = polygons.extractors(batch, GSD_M)
-        both = _Beside(encoder, baselines["image statistics (90 m)"])
-        extract = {**baselines, "pre-trained": encoder, "pre-trained + statistics": both}[name]
+        extract = _extractor(name, trained.encoder)
         found = polygons.scores(extract, batch, labels, fractions, draws, block_m=BLOCK_M, share=SHARE)
     calibration = found[max(found)].calibration()
     coverage, risk = calibration["risk_coverage"]
@@ -141,6 +139,13 @@ def _row(
         "scores": {fraction: asdict(evaluation.score()) for fraction, evaluation in found.items()},
         "calibration": {"error": calibration["error"], "coverage": coverage.tolist(), "risk": risk.tolist()},
     }
+
+
+def _extractor(name: str, encoder: Encoder) -> polygons.Extractor:
+    if not name.startswith("pre-trained"):
+        return polygons.extractors(GSD_M)[name]
+    dense = polygons.dense(encoder, GSD_M, shifts=SHIFTS)
+    return _Beside(dense, Statistics(GSD_M)) if name.endswith("statistics") else dense
 
 
 class _Beside:
@@ -160,7 +165,7 @@ def _from_scratch(
     trained: Run, batch: Batch, labels: Labels, fractions: Any, draws: int, out: Path
 ) -> dict[float, Any]:
     """The same network without pre-training, trained on the labelled polygons alone, in the same way for every draw."""
-    extract = polygons.extractors(batch, GSD_M)["bands"]
+    extract = polygons.extractors(GSD_M)["bands"]
     samples, _ = polygons.sampled(extract, batch, labels, share=SHARE)
     places = torch.nonzero(labels.label >= 0)
     picked = places[torch.rand(len(places), generator=torch.Generator().manual_seed(0)) < SHARE]
@@ -211,21 +216,23 @@ class _LabelledTiles:
 
     def __init__(self, batch: Batch, labels: Labels, groups: Any, tile_m: float) -> None:
         mine = torch.isin(labels.polygon, torch.as_tensor(groups))
-        band = berlin.COLUMN
         from everysat.sensors import Band, Sensor
 
         sensor = Sensor(
-            "label", "classes", (Band(band, GSD_M, "class", classes=dict(enumerate(labels.classes))),), "polygons"
+            "label",
+            "classes",
+            (Band(berlin.COLUMN, GSD_M, "class", classes=dict(enumerate(labels.classes))),),
+            "polygons",
         )
         raster = Raster.of(sensor, labels.label.clamp(min=0)[None, None].float(), GSD_M, valid=mine[None, None])
         self.batch, self.tile_m = batch.adding(label=raster), tile_m
-        self.corners = []
+        self.corners: list[tuple[float, float]] = []
         for group in groups:
-            y, x = torch.nonzero(labels.polygon == group).double().mean(0).tolist()
-            size = batch.places[0].height_m, batch.places[0].width_m
-            at = [c * GSD_M - tile_m / 2 for c in (y, x)]
+            middle = torch.nonzero(labels.polygon == group).double().mean(0).tolist()
+            place = batch.places[0]
+            south, east = (round((at * GSD_M - tile_m / 2) / 60) * 60.0 for at in middle)
             self.corners.append(
-                tuple(min(max(0.0, round(a / 60) * 60.0), s - tile_m) for a, s in zip(at, size, strict=True))
+                (min(max(0.0, south), place.height_m - tile_m), min(max(0.0, east), place.width_m - tile_m))
             )
 
     def __len__(self) -> int:
@@ -332,8 +339,8 @@ def _report(
     losses = [row for row in trained.log if "loss" in row]
     terms = [name for name in losses[0] if name.endswith(("reconstruction", "contrastive", "texture"))]
     steps = [row["step"] for row in losses]
-    series = {name: (steps, _smooth([row[name] for row in losses]), None) for name in terms}
-    report.add_figure(curves_figure(series, x="step", y="loss term"), "Pre-training.", wide=False)
+    terms_by_step = {name: (steps, _smooth([row[name] for row in losses]), None) for name in terms}
+    report.add_figure(curves_figure(terms_by_step, x="step", y="loss term"), "Pre-training.", wide=False)
     facts = {
         "recipe": "everysat/recipes/berlin.yaml",
         "steps": trained.recipe.steps,
@@ -349,8 +356,6 @@ def _report(
 
 
 def _plain(unit: str) -> Any:
-    from everysat.sensors import Band, Sensor
-
     return Sensor("map", "classes" if unit == "class" else "terrain", (Band("map", 20.0, unit),), "this demo")
 
 

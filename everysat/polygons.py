@@ -80,22 +80,31 @@ def draws(
     return found
 
 
-def extractors(batch: Batch, gsd_m: float, *, seed: int = 0) -> dict[str, Extractor]:
-    """The baselines without learned weights, fitted to ``batch`` where they need to look at it (never at labels)."""
-    convolutions = RandomConvolutions(gsd_m).fit(batch, torch.Generator().manual_seed(seed))
-    return {
-        "bands": Bands(gsd_m),
-        "image statistics (90 m)": Statistics(gsd_m, (90.0,)),
-        "random convolutions": convolutions,
-    }
+def extractors(gsd_m: float, *, seed: int = 0) -> dict[str, Extractor]:
+    """The baselines without learned weights, fitted to what they are given where they need to look at it (never at labels)."""
+
+    def convolutions(batch: Batch) -> Tensor:
+        return RandomConvolutions(gsd_m).fit(batch, torch.Generator().manual_seed(seed))(batch)
+
+    return {"bands": Bands(gsd_m), "image statistics (90 m)": Statistics(gsd_m), "random convolutions": convolutions}
+
+
+def token_m(encoder: Encoder) -> float:
+    """Side of an encoder's tokens, metres."""
+    settings: Any = getattr(encoder, "settings", None)
+    if settings is None or not hasattr(settings, "patch_m"):
+        raise ValueError(
+            f"a model of family {encoder.family!r} does not say how large its tokens are (settings.patch_m)"
+        )
+    return float(settings.patch_m)
 
 
 def dense(encoder: Encoder, gsd_m: float, *, shifts: int = 1, chip_m: float | None = None) -> Dense:
     """Features of an encoder at ``gsd_m``; by default, chips are of the size that its position tables were learned on."""
-    settings: Any = getattr(encoder, "settings", None)
-    token_m = float(settings.patch_m)
-    chip_m = chip_m or token_m * settings.grid
-    return Dense(encoder, gsd_m, token_m, shifts, chip_m=chip_m, stride_m=chip_m)
+    side = token_m(encoder)
+    settings: Any = encoder.settings
+    chip_m = chip_m or side * settings.grid
+    return Dense(encoder, gsd_m, side, shifts, chip_m=chip_m, stride_m=chip_m)
 
 
 def sampled(
@@ -144,7 +153,7 @@ def compare(
     results: dict[tuple[str, str], dict[float, Score]] = {}
     for subset, names in (layers or {"all": ()}).items():
         part = batch.only(*names) if names else batch
-        found: dict[str, Extractor] = extractors(part, gsd_m, seed=seed) if baselines else {}
+        found: dict[str, Extractor] = extractors(gsd_m, seed=seed) if baselines else {}
         found |= {name: dense(encoder, gsd_m, shifts=shifts) for name, encoder in encoders.items()}
         with Progress(f"Evaluating with {subset}", len(found), quiet=quiet) as bar:
             for name, extract in found.items():
@@ -223,8 +232,8 @@ def probe_mapper(
 
 def task_mapper(encoder: Encoder, task: Task) -> Tasked:
     """What maps with a fine-tuned task, token grid by token grid."""
-    settings: Any = getattr(encoder, "settings", None)
-    token_m = float(settings.patch_m)
-    gsd_m = float(task.config.get("gsd_m") or token_m)
-    chip_m = token_m * settings.grid
+    side = token_m(encoder)
+    gsd_m = float(task.config.get("gsd_m") or side)
+    settings: Any = encoder.settings
+    chip_m = side * settings.grid
     return Tasked(encoder, task, gsd_m, align_m=chip_m, halo_m=chip_m)

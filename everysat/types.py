@@ -395,6 +395,17 @@ class Features:
         image[self.coords.row, cells[:, 0], cells[:, 1]] = self.mean
         return image.permute(0, 3, 1, 2)
 
+    @classmethod
+    def of_grid(cls, image: Tensor, places: tuple[Place, ...], size_m: float) -> Features:
+        """The inverse of :meth:`grid`: one feature per cell of [row, dim, y, x] that is not NaN; the summary is their mean."""
+        row, y, x = torch.nonzero(torch.isfinite(image).all(1)).unbind(1)
+        mean = image[row, :, y, x]
+        at_m = (torch.stack([y, x], -1) + 0.5) * size_m
+        always = torch.tensor(ALWAYS, dtype=torch.float64).expand(len(row), 2)
+        coords = Coords(row, at_m, torch.full((len(row),), size_m), always, torch.zeros_like(row))
+        total = mean.new_zeros(len(places), image.shape[1]).index_add(0, row, mean)
+        return cls(mean, coords, total / torch.bincount(row, minlength=len(places)).clamp(min=1)[:, None], places)
+
 
 @dataclass(frozen=True)
 class Input:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from everysat.data import scene
 from everysat.data.scene import Tiles
@@ -44,5 +45,5 @@ def build(variant: str = "", *, tile_m: float = 420.0, stride_m: float = 60.0, l
     """Tiles of the scene. Layers ``s2-10m``, ``s2-20m`` and ``s2-60m``, and with ``labels`` the layer ``label``."""
     if variant:
         raise LookupError(f"dataset berlin has no variants, got {variant!r}")
-    marked = {"labels": str(polygons()), "column": COLUMN} if labels else {}
+    marked: dict[str, Any] = {"labels": polygons(), "column": COLUMN} if labels else {}
     return scene.build(files=files(), sensor="sentinel-2-l1c", names=NAMES, tile_m=tile_m, stride_m=stride_m, **marked)

@@ -428,7 +428,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
 
 def _rename(key: str, depth: int) -> str:
     if key.startswith("projector_"):
-        renames = [
+        renames: list[tuple[str, Any]] = [
             (r"^projector_([^.]+)\.", r"projectors.\1."),
             (r"\.attention_heads\.Q$", ".query"),
             (r"\.attention_heads\.fc1_k\.", ".key."),
@@ -452,5 +452,5 @@ def _rename(key: str, depth: int) -> str:
             (r"\.rpe_k\.lookup_table_weight$", ".relative.table"),
         ]
     for pattern, new in renames:
-        key = re.sub(pattern, new, key)  # type: ignore[arg-type]
+        key = re.sub(pattern, new, key)
     return key

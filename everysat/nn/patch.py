@@ -110,7 +110,7 @@ class PatchDecoder(nn.Module):
         x = x[:, :, None, None]
         for level, size in enumerate(reversed(self.sizes[:-1])):
             if self.bypass:
-                x = F.max_unpool2d(x, indices[-1 - level], 2, output_size=(size, size))
+                x = F.max_unpool2d(x, indices[-1 - level], [2, 2], output_size=(size, size))
             else:
                 x = F.interpolate(x, size=(size, size), mode="nearest")
             if level < len(self.refine):

@@ -334,7 +334,9 @@ def _solve(
         gradient = np.vstack([rows.T @ residual + strength * both[:-1], residual.sum(0)])
         return value + strength / 2 * float((both[:-1] ** 2).sum()), gradient.ravel().astype(np.float64)
 
-    with threadpool_limits(1):  # products this small lose time, many times over on a busy machine, when shared by threads
+    with threadpool_limits(
+        1
+    ):  # products this small lose time, many times over on a busy machine, when shared by threads
         found = minimize(cost, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "ftol": 1e-7})
     both = torch.from_numpy(found.x.reshape(shape).astype(np.float32))
     return both[:-1], both[-1] + torch.from_numpy(absent)

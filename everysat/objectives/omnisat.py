@@ -305,7 +305,8 @@ class ShiftedViews:
         batch = batch.only(*(n for n, layer in batch.layers.items() if isinstance(layer, Raster)))
         first = shifted(batch, a, b, (height, width), self.patch_m)
         second = shifted(batch, c, d, (height, width), self.patch_m)
-        layers = {n: replace(r, values=turn(r.values), valid=turn(r.valid)) for n, r in second.layers.items()}  # type: ignore[union-attr]
+        rasters = {name: second.raster(name) for name in second.layers}
+        layers = {n: replace(r, values=turn(r.values), valid=turn(r.valid)) for n, r in rasters.items()}
         return first, Turned(Batch(second.places, layers), turn)
 
 
