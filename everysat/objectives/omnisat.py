@@ -260,7 +260,7 @@ class FrozenTextures(nn.Module):
             series = (patches.row[:, None] * seen.shape[1] + torch.arange(seen.shape[1], device=seen.device))[seen]
             x = nn.functional.pad(patches.values[seen].float(), (1, 1, 1, 1), mode="replicate")
             y = nn.functional.conv2d(x, weight, bias)
-            response = torch.cat([y.relu().mean((2, 3)), (-y).relu().mean((2, 3))], 1)
+            response = torch.cat([y.relu().mean((2, 3)), (-y).relu().mean((2, 3))], 1).float()
             found, count = found.index_add(0, series, response), count.index_add(0, series, torch.ones(len(series), 1))
         return (found / count.clamp(min=1) + 1e-3).log(), (count > 0).float().expand_as(found)
 

@@ -143,6 +143,18 @@ def test_losses_are_finite_and_reach_every_parameter(options, generator) -> None
     assert not silent or options.get("reconstruct") is False
 
 
+@pytest.mark.parametrize("options", [{}, {"shift_m": 5.0, "shift_step_m": 5.0, "texture": 4, "modality_dropout": 0.3}])
+def test_autocast_gives_nearly_the_same_losses(options) -> None:
+    model = tiny(skip=True)
+    objective = pretraining.build(encoder=model, **options).eval()
+    _, _, batch = arrays(model, 2, 3)
+    plain = objective(model, batch, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = objective(model, batch, torch.Generator().manual_seed(0))
+    for name, value in plain.items():
+        assert cast[name].item() == pytest.approx(value.item(), rel=0.1), name
+
+
 def test_the_generator_decides_what_is_hidden() -> None:
     model = tiny()
     objective = pretraining.build(encoder=model).eval()
