@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint docs bench clean help
+.PHONY: demo demo-short test test-slow lint docs bench clean help
 
 help:
 	@echo "make demo       learn from a real scene, map it from few labels, write demo/report.html"
@@ -27,6 +27,9 @@ help:
 
 demo: .venv/user
 	$(BIN)/everysat demo --out demo
+
+demo-short: .venv/user
+	$(BIN)/everysat demo --short --out demo/short
 
 test: .venv/dev
 	$(BIN)/pytest -n 2 -m "not slow"

@@ -181,14 +181,26 @@ def scores(
     samples, scale = sampled(extract, batch, labels, share=share)
     options = {"scale": scale, **(PROBE if how == "probe" else {})}
 
-    def one(fraction: float) -> Evaluation:
-        return evaluate(samples, draws(labels, fraction, count, block_m=block_m, seed=seed), how, seed=seed, **options)
+    every = {fraction: draws(labels, fraction, count, block_m=block_m, seed=seed) for fraction in fractions}
 
-    # The longest first, each fit on one thread.
-    ordered = sorted(fractions, reverse=True)
+    def one(job: tuple[float, int]) -> Evaluation:
+        fraction, index = job
+        return evaluate(samples, [every[fraction][index]], how, seed=seed + index, **options)
+
+    # Each fit uses one thread; the longest first.
+    jobs = sorted(((fraction, index) for fraction in fractions for index in range(count)), reverse=True)
     with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(ordered, pool.map(one, ordered), strict=True))
-    return {fraction: found[fraction] for fraction in fractions}
+        found = dict(zip(jobs, pool.map(one, jobs), strict=True))
+    return {f: joined([found[f, index] for index in range(count)]) for f in fractions}
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of single draws as one."""
+    whole = Evaluation(parts[0].classes)
+    for part in parts:
+        for field in ("confusion", "groups", "confidence", "correct", "fitted"):
+            getattr(whole, field).extend(getattr(part, field))
+    return whole
 
 
 def table(

@@ -1,0 +1,122 @@
+"""The command line: what it prints, how it fails, and the way from recipe to map."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from everysat.data import berlin
+
+
+def everysat(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "everysat.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+
+
+def test_help_names_every_verb() -> None:
+    shown = everysat("--help").stdout
+    for verb in ("sensors", "inspect", "pretrain", "finetune", "evaluate", "predict", "embed", "convert", "demo"):
+        assert verb in shown
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys, everysat.cli; sys.exit('torch' in sys.modules or 'rasterio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_sensor_with_its_source() -> None:
+    shown = everysat("sensors", "sentinel-2-l2a").stdout
+    assert "B8A" in shown
+    assert "Source" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sensors", "sentinel2"), "no sensor is called 'sentinel2'. Did you mean"),
+        (("pretrain", "no-such-recipe"), "no recipe file no-such-recipe"),
+        (("embed", "no-such-model", "x.tif", "-o", "y.tif"), "no model is called 'no-such-model'"),
+    ],
+)
+def test_mistakes_are_one_line_with_what_to_do(arguments, message) -> None:
+    done = everysat(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+RECIPE = """
+name: tiny
+model: {name: omnisat, options: {patch_m: 20, grid: 3, dim: 16, depth: 1, heads: 4, dropout: 0, modalities: {
+  optical: {sensor: {name: synthetic-optical, kind: optical, source: synthetic, defaults: {gsd_m: 10, unit: reflectance, range: [-0.5, 2.0]},
+    bands: [{name: optical-1}, {name: optical-2}, {name: optical-3}, {name: optical-4}]},
+    bands: [optical-1, optical-2, optical-3, optical-4], gsd_m: 10, projector: series}}}}
+data: [{name: synthetic/three, options: {places: 8, size_m: 60}}]
+objective: {name: omnisat}
+steps: 3
+batch_size: 4
+"""
+
+
+def test_pretrain_prints_the_weights_and_a_wrong_key_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    done = everysat("pretrain", recipe, "--set", f"out={tmp_path / 'run'}", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_file()
+    wrong = everysat("pretrain", recipe, "--set", "stesp=3")
+    assert wrong.returncode == 2
+    assert "steps" in wrong.stderr
+    assert "everysat pretrain" in everysat("finetune", recipe).stderr
+
+
+def test_from_scene_to_map_on_the_command_line(tmp_path: Path) -> None:
+    """Pre-train, embed and map a corner of the real scene; two steps of training, so nothing about quality."""
+    try:
+        files = berlin.files()
+    except FileNotFoundError as error:
+        pytest.skip(f"needs the scene: {error}")
+    done = everysat(
+        "pretrain",
+        "berlin",
+        "--set",
+        f"out={tmp_path / 'run'}",
+        "--set",
+        "steps=2",
+        "--set",
+        "warmup_steps=0",
+        "--set",
+        "batch_size=2",
+        "--quiet",
+    )
+    assert done.returncode == 0, done.stderr
+    weights, corner = done.stdout.strip(), ("--place", "12.52,52.47,12.56,52.49")
+    checked = everysat("inspect", *files, "--model", weights, "--json")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert json.loads(checked.stdout)
+    features = tmp_path / "features.tif"
+    done = everysat("embed", weights, *files, *corner, "-o", features, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert features.is_file()
+    done = everysat(
+        "predict",
+        weights,
+        *files,
+        *corner,
+        "--labels",
+        berlin.polygons(),
+        "--column",
+        "fclass",
+        "--gsd-m",
+        "60",
+        "-o",
+        tmp_path / "map.tif",
+        "--quiet",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "map.tif").is_file()
+    assert (tmp_path / "map-confidence.tif").is_file()
