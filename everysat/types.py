@@ -432,6 +432,11 @@ class Input:
 
     def fit(self, raster: Raster, name: str) -> Raster:
         """``raster`` with the contract's bands in the contract's order, or a :class:`ContractError` that says what to do."""
+        if raster.sensor.name != self.sensor.name:
+            raise ContractError(
+                f"layer {name!r} is of sensor {raster.sensor.name}, the model expects {self.sensor.name}: the same band names may "
+                f"hold other values. If these are what the model was trained on, read them with sensor={self.sensor.name!r}"
+            )
         missing = [band for band in self.sensor.names if band not in raster.sensor]
         if missing:
             raise ContractError(

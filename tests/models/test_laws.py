@@ -157,3 +157,11 @@ def test_a_place_that_is_no_multiple_of_the_patch_is_padded(encoder, generator) 
     small = Batch((Place(place.height_m - lost, place.width_m),), cut)
     features = encoder.embed(small)
     assert torch.isfinite(features.mean).all()
+
+
+def test_the_same_bands_of_another_sensor_are_refused(encoder, generator) -> None:
+    batch = example(encoder, generator)
+    name, raster = next(iter(batch.layers.items()))
+    other = replace(raster, sensor=replace(raster.sensor, name="another-sensor"))
+    with pytest.raises(ContractError, match="read them with sensor="):
+        encoder.embed(batch.adding(**{name: other}))
