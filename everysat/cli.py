@@ -23,7 +23,7 @@ Sensor = Annotated[str | None, typer.Option(help="name or .toml of the files' se
 Times = Annotated[
     list[str] | None, typer.Option("--time", help="date of each file, where they do not tell (2024-05-31)")
 ]
-Where = Annotated[str | None, typer.Option("--place", help="GeoJSON/GPKG, raster, or lon,lat or west,south,east,north")]
+Where = Annotated[str | None, typer.Option("--place", help="GeoJSON/GPKG, raster, or west,south,east,north in degrees")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="change one entry, such as steps=2000 or model.options.dim=64")
 ]
@@ -245,7 +245,11 @@ def _encoder(model: str) -> Any:
 def _scene(files: list[str], encoder: Any, sensor: str | None, times: list[str] | None, place: str | None) -> Any:
     from everysat.io import read
 
-    where = None if place is None else read.place(place, gsd_m=min(i.gsd_m for i in encoder.inputs.values()))
+    where = None
+    if place is not None:
+        numbers = place.split(",")
+        source: Any = [float(n) for n in numbers] if len(numbers) == 4 else place
+        where = read.place(source, gsd_m=min(i.gsd_m for i in encoder.inputs.values()))
     return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=encoder.inputs)
 
 

@@ -23,6 +23,7 @@ from everysat import polygons
 from everysat.data import berlin
 from everysat.data.augment import crop
 from everysat.evaluate import Draw, Score, evaluate
+from everysat.models import omnisat
 from everysat.polygons import Labels
 from everysat.predict import predict
 from everysat.progress import Progress
@@ -39,10 +40,10 @@ SHIFTS = 2
 SHARE = 0.25
 SUBSETS: dict[str, tuple[str, ...]] = {"all bands": (), "10 m bands alone": ("s2-10m",)}
 SCRATCH: dict[str, Any] = {
-    "steps": 40,
-    "batch_size": 16,
+    "steps": 80,
+    "batch_size": 8,
     "lr": 1e-3,
-    "warmup_steps": 4,
+    "warmup_steps": 8,
     "clip": 1.0,
     "checkpoint_every": 0,
 }
@@ -107,6 +108,7 @@ def _all_scores(
         "image statistics (90 m)",
         "random convolutions",
         "from scratch",
+        "untrained",
         "pre-trained",
     ]
     results: dict[tuple[str, str], Scores] = {}
@@ -140,7 +142,10 @@ def _row(
 
 
 def _extractor(name: str, encoder: Encoder) -> polygons.Extractor:
-    if name != "pre-trained":
+    if name == "untrained":
+        torch.manual_seed(0)
+        encoder = omnisat.from_config(encoder.config).eval()
+    elif name != "pre-trained":
         return polygons.extractors(GSD_M)[name]
     return polygons.dense(encoder, GSD_M, shifts=SHIFTS)
 
@@ -161,7 +166,7 @@ def _from_scratch(
             encoder, task = _supervised(trained, labels, draw, out / "scratch" / f"{fraction:g}-{every.index(draw)}")
             test = torch.isin(labels.polygon[picked[:, 0], picked[:, 1]], torch.tensor(draw[1]))
             at = picked[test]
-            return _tiled(encoder, task, batch)[:, at[:, 0], at[:, 1]].T
+            return _tiled(encoder, task, batch, at)[:, at[:, 0], at[:, 1]].T
 
         found[fraction] = evaluate(samples, every, probabilities)
     return found
@@ -183,7 +188,7 @@ def _supervised(trained: Run, labels: Labels, draw: Draw, out: Path) -> tuple[En
                     "token_size_m": polygons.token_m(trained.encoder),
                 },
             },
-            "augment": {"flip": True, "turn": True, "drop_layers": 0.3},
+            "augment": {"flip": True, "turn": True, "drop_layers": 0.15},
             "weight_decay": 0.05,
             "out": str(out),
             **SCRATCH,
@@ -225,13 +230,12 @@ class _LabelledTiles:
         return crop(self.batch, *self.corners[index], self.tile_m, self.tile_m)
 
 
-def _tiled(encoder: Encoder, task: Task, batch: Batch, tile_m: float = 360.0) -> Tensor:
-    """Class probabilities of the whole place [class, y, x], tile by tile."""
+def _tiled(encoder: Encoder, task: Task, batch: Batch, wanted: Tensor, tile_m: float = 360.0) -> Tensor:
+    """Class probabilities [class, y, x] of the tiles in which ``wanted`` pixels [n, 2] lie; 0 elsewhere."""
     place, side = batch.places[0], round(tile_m / GSD_M)
     corners_m = [
         (min(y * tile_m, place.height_m - tile_m), min(x * tile_m, place.width_m - tile_m))
-        for y in range(-(-int(place.height_m) // int(tile_m)))
-        for x in range(-(-int(place.width_m) // int(tile_m)))
+        for y, x in torch.unique(wanted // side, dim=0).tolist()
     ]
     image: Tensor | None = None
     for start in range(0, len(corners_m), 64):

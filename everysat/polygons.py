@@ -31,7 +31,7 @@ Extractor = Callable[[Batch], Tensor]
 
 SCALING = 50_000
 """Pixels on which features are standardised."""
-PROBE: dict[str, Any] = {"strengths": (1e-3, 1e-2, 1e-1), "weighting": "class", "per_group": 20, "folds": 3}
+PROBE: dict[str, Any] = {"strengths": (1e-3, 1e-2, 1e-1), "weighting": "class", "per_group": 20, "folds": 2}
 """The classifier of all features alike: logistic regression whose penalty is chosen on left-out labelled polygons, classes
 balanced, at most 20 pixels of a polygon."""
 
@@ -84,7 +84,7 @@ def extractors(gsd_m: float, *, seed: int = 0) -> dict[str, Extractor]:
     """The baselines without learned weights, fitted to what they are given where they need to look at it (never at labels)."""
 
     def convolutions(batch: Batch) -> Tensor:
-        return RandomConvolutions(gsd_m).fit(batch, torch.Generator().manual_seed(seed))(batch)
+        return RandomConvolutions(gsd_m, filters=64).fit(batch, torch.Generator().manual_seed(seed))(batch)
 
     return {"bands": Bands(gsd_m), "image statistics (90 m)": Statistics(gsd_m), "random convolutions": convolutions}
 

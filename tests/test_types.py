@@ -367,7 +367,7 @@ def test_the_contract_brings_bands_into_its_order() -> None:
     assert torch.equal(fitted.values, given_.values[:, [2, 1]])
     assert CONTRACT.fit(fitted, "s2") is fitted
     named = Sensor(
-        "mine",
+        S2.name,
         "optical",
         tuple(replace(b, name=n, aliases=(b.name,)) for b, n in zip(S2.bands, "bgn", strict=True)),
         "me",
@@ -380,6 +380,7 @@ def test_the_contract_brings_bands_into_its_order() -> None:
     [
         (lambda r: r.select(["B02", "B04"]), r"'s2' \(sentinel-2-l2a: B02, B04\) lacks B08; .* expects B08, B04.*batch\.without\('s2'\)"),
         (lambda r: replace(r, sensor=replace(S2, bands=tuple(replace(b, unit="DN") for b in S2.bands))), "B08 is in DN, the model expects reflectance"),
+        (lambda r: replace(r, sensor=replace(S2, name="sentinel-2-l1c")), r"is of sensor sentinel-2-l1c, the model expects sentinel-2-l2a"),
         (lambda r: replace(r, gsd_m=20.0), r"gsd_m=20, the model expects 10; read it with gsd_m=10"),
         (lambda r: replace(r, time_s=torch.tensor([ALWAYS] * 2).double()), r"every observation needs a date. Give times="),
     ],
