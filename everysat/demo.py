@@ -117,7 +117,9 @@ def _all_scores(
         for subset, layers in subsets.items():
             part = batch.only(*layers) if layers else batch
             for name in names:
-                content = cells.get(name, subset, partial(_row, name, part, trained, labels, fractions, draws, out))
+                content = cells.get(
+                    name, subset, partial(_row, name, part, batch, trained, labels, fractions, draws, out)
+                )
                 results[name, subset] = {float(f): Score(**s) for f, s in content["scores"].items()}
                 if name == "pre-trained" and subset == "all bands":
                     extra = content["calibration"]
@@ -126,10 +128,11 @@ def _all_scores(
 
 
 def _row(
-    name: str, batch: Batch, trained: Run, labels: Labels, fractions: Any, draws: int, out: Path
+    name: str, batch: Batch, whole: Batch, trained: Run, labels: Labels, fractions: Any, draws: int, out: Path
 ) -> dict[str, Any]:
+    """Scores of features of ``batch``; ``whole`` has all layers."""
     if name == "from scratch":
-        found = _from_scratch(trained, batch, labels, fractions, draws, out)
+        found = _from_scratch(trained, batch, whole, labels, fractions, draws, out)
     else:
         extract = _extractor(name, trained.encoder)
         found = polygons.scores(extract, batch, labels, fractions, draws, block_m=BLOCK_M, share=SHARE)
@@ -143,15 +146,16 @@ def _row(
 
 def _extractor(name: str, encoder: Encoder) -> polygons.Extractor:
     if name == "untrained":
-        torch.manual_seed(0)
-        encoder = omnisat.from_config(encoder.config).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            encoder = omnisat.from_config(encoder.config).eval()
     elif name != "pre-trained":
         return polygons.extractors(GSD_M)[name]
     return polygons.dense(encoder, GSD_M, shifts=SHIFTS)
 
 
 def _from_scratch(
-    trained: Run, batch: Batch, labels: Labels, fractions: Any, draws: int, out: Path
+    trained: Run, batch: Batch, whole: Batch, labels: Labels, fractions: Any, draws: int, out: Path
 ) -> dict[float, Any]:
     """The same network without pre-training, trained on the labelled polygons alone. One training per draw and fraction, with
     whole layers left out at random, serves all bands as well as the 10 m bands alone."""
@@ -163,7 +167,9 @@ def _from_scratch(
         every = polygons.draws(labels, fraction, draws, block_m=BLOCK_M)
 
         def probabilities(draw: Draw, fraction: float = fraction, every: list[Draw] = every) -> Tensor:
-            encoder, task = _supervised(trained, labels, draw, out / "scratch" / f"{fraction:g}-{every.index(draw)}")
+            encoder, task = _supervised(
+                trained, whole, labels, draw, out / "scratch" / f"{fraction:g}-{every.index(draw)}"
+            )
             test = torch.isin(labels.polygon[picked[:, 0], picked[:, 1]], torch.tensor(draw[1]))
             at = picked[test]
             return _tiled(encoder, task, batch, at)[:, at[:, 0], at[:, 1]].T
@@ -172,9 +178,9 @@ def _from_scratch(
     return found
 
 
-def _supervised(trained: Run, labels: Labels, draw: Draw, out: Path) -> tuple[Encoder, Task]:
+def _supervised(trained: Run, whole: Batch, labels: Labels, draw: Draw, out: Path) -> tuple[Encoder, Task]:
     """A fresh network trained on tiles around the training polygons of a draw, whose pixels alone are labelled."""
-    tiles = _LabelledTiles(berlin.build().scene.read(), labels, draw[0], 360.0)
+    tiles = _LabelledTiles(whole, labels, draw[0], 360.0)
     recipe = Recipe.parse(
         {
             "name": "scratch",

@@ -260,7 +260,7 @@ class OmniSat(Encoder):
     def forward(self, tokens: Tokens, *, hidden: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
         """One feature per place and observed patch, and the class token as summary. ``hidden`` [token] marks tokens that
         ``mask_token`` replaces, position included, in pre-training."""
-        grid = tokens.memo["grid"] if "grid" in tokens.memo else self._grid_of_tokens(tokens)
+        grid = tokens.memo["grid"]
         height, width = grid
         cells = tokens.coords.cells()
         cell = cells[:, 0] * width + cells[:, 1]
@@ -314,9 +314,6 @@ class OmniSat(Encoder):
         count = torch.bincount(tokens.coords.row * kinds + kind, minlength=rows * kinds).view(rows, kinds, 1)
         means = own.view(rows, cells, kinds, -1).sum(1) / count.clamp(min=1)
         return torch.cat([mean, own[series].flatten(1)], 1), torch.cat([summary, means.flatten(1)], 1)
-
-    def _grid_of_tokens(self, tokens: Tokens) -> tuple[int, int]:
-        return self.grid_of(Batch(tokens.places))
 
     def _table(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """A learned position table [1, 1 + patch, dim] for this grid, interpolated when it was learned on another."""

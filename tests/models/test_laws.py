@@ -56,6 +56,17 @@ def test_features_have_the_promised_shape(encoder, generator) -> None:
     assert torch.isfinite(features.summary).all()
 
 
+def test_features_of_a_grid_are_the_features_again(encoder, generator) -> None:
+    batch = example(encoder, generator)
+    features = encoder.embed(Batch.cat([batch, Batch(batch.places), batch.only(next(iter(encoder.inputs)))]))
+    again = Features.of_grid(features.grid(), features.places, float(features.coords.size_m[0]))
+    torch.testing.assert_close(again.mean, features.mean)
+    torch.testing.assert_close(again.coords.at_m, features.coords.at_m)
+    assert torch.equal(again.coords.row, features.coords.row)
+    torch.testing.assert_close(again.summary[0], features.mean[features.coords.row == 0].mean(0))
+    assert (again.summary[1] == 0).all()
+
+
 def test_two_in_a_batch_equal_one_by_one(encoder, generator) -> None:
     places = [example(encoder, generator, dates=n) for n in (2, 5, 1)]
     places.append(places[0].only(next(iter(encoder.inputs))))
