@@ -493,15 +493,24 @@ class Encoder(nn.Module, ABC):
     def forward(self, tokens: Tokens) -> Features:
         """Features from tokens, of all places of ``tokens.places``, also of those that have no token."""
 
-    def embed(self, batch: Batch | Raster, **options: Any) -> Features:
-        """Features of a batch (or of one raster, whose layer is found by its sensor) without gradients, in eval mode."""
+    def at(self, **changes: Any) -> Encoder:
+        """The same encoder, sharing its weights, with settings changed that it lets one choose at a call, such as ``patch_m``."""
+        if changes:
+            raise TypeError(f"{self.family} has no settings to choose at a call; got {', '.join(changes)}")
+        return self
+
+    def embed(self, batch: Batch | Raster, **changes: Any) -> Features:
+        """Features of a batch (or of one raster, whose layer is found by its sensor) without gradients, in eval mode; settings
+        ``changes`` as in :meth:`at`."""
+        if changes:
+            return self.at(**changes).embed(batch)
         if isinstance(batch, Raster):
             batch = Batch((_extent(batch),), {self.layer_for(batch): batch})
         was_training = self.training
         self.eval()
         try:
             with torch.no_grad():  # not inference_mode: heads may be trained on these features
-                return self(self.tokenize(batch.to(next(self.parameters()).device)), **options)
+                return self(self.tokenize(batch.to(next(self.parameters()).device)))
         finally:
             self.train(was_training)
 

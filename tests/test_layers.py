@@ -18,7 +18,7 @@ LAYERS = (
     ("data", "models", "objectives", "tasks", "baselines"),
     ("recipe", "manifest", "checkpoint", "logbook"),
     ("optimizer", "trainee"),
-    ("train", "predict", "evaluate", "store", "report"),
+    ("train", "predict", "evaluate", "store", "report", "hub"),
     ("polygons",),
     ("demo",),
     ("cli", "serve"),

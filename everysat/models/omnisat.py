@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
 import torch
@@ -24,53 +23,33 @@ from einops import rearrange
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
-from everysat import sensors
 from everysat.find import suggest
 from everysat.nn.attention import Block, CrossBlock
 from everysat.nn.gather import world
+from everysat.nn.inputs import InputConfig
 from everysat.nn.patch import PatchCnn, TexturePool
 from everysat.nn.position import Grid, day_number
 from everysat.nn.temporal import Ltae
-from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Input, Raster, Tokens
+from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Raster, Tokens
 
 Quirk = Literal["sequence_grid", "leaked_drop_path"]
 """``sequence_grid``: relative positions on one square grid laid over the whole sequence, whatever its tokens are (right for a
 single modality alone). ``leaked_drop_path``: the cross block's drop-path rate is that of block number M-1."""
 
 
-class Modality(BaseModel):
+class Modality(InputConfig):
     """One input layer and how it becomes tokens.
 
     ``image``: a CNN on each patch (very high resolution). ``texture``: mean and spread of bands and learned features over each
     patch, for images whose patches have few pixels (not in the paper). ``series``: L-TAE over the dates of each patch, whose pixels are
-    flattened. ``mono``: the same with one date, set to ``mono_day``. Day numbers count from ``origin`` (an ISO date) or are
-    days of the year. ``sensor`` is a name, or a table as in ``everysat/sensors/*.toml`` with a ``name``.
+    flattened. ``mono``: the same with one date, set to ``mono_day``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    sensor: str | dict[str, Any]
-    bands: tuple[str, ...]
-    gsd_m: float
     projector: Literal["image", "texture", "series", "mono"]
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    period_days: float = 367.0
-    origin: str | None = None
     mono_day: float = 120.0
     normalise_series: bool = False
     widths: tuple[int, ...] | None = None
     out_widths: tuple[int, ...] | None = None
-
-    def input(self) -> Input:
-        table = dict(self.sensor) if isinstance(self.sensor, dict) else None
-        sensor = sensors.get(str(self.sensor)) if table is None else sensors.from_table(table.pop("name"), table)
-        count = len(self.bands)
-        mean, std = self.mean or (0.0,) * count, self.std or (1.0,) * count
-        return Input(sensor.select(self.bands), self.gsd_m, mean, std, dated=self.projector == "series")
-
-    @property
-    def origin_s(self) -> float | None:
-        return None if self.origin is None else datetime.fromisoformat(self.origin).replace(tzinfo=UTC).timestamp()
 
 
 class Config(BaseModel):
@@ -139,7 +118,9 @@ class OmniSat(Encoder):
         super().__init__()
         self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
         self.dim = config.dim * (1 + len(config.modalities) if config.skip else 1)
-        self.inputs = {name: modality.input() for name, modality in config.modalities.items()}
+        self.inputs = {
+            name: modality.input(dated=modality.projector == "series") for name, modality in config.modalities.items()
+        }
         self.projectors = nn.ModuleDict({name: self._projector(name) for name in config.modalities})
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         table = (1, 1 + config.grid**2, config.dim)

@@ -7,6 +7,7 @@ they hold has no effect.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,13 @@ class RelativeTable(nn.Module):
 
     With ``locality`` above 0, each head also has a learned bias per bucket that does not depend on the query, and begins by
     favouring near cells, up to ``locality`` per cell in the last head (as in ALiBi, Press et al. 2022). The published model
-    has none; small training sets need it, since a table of zeros looks everywhere alike.
+    has none; small training sets need it, since a table of zeros looks everywhere alike. With ``first_head``, the bias of the
+    first head is that of all (a defect of the published AnySat that its weights were trained with).
     """
 
-    def __init__(self, head_dim: int, heads: int = 1, locality: float = 0.0) -> None:
+    def __init__(self, head_dim: int, heads: int = 1, locality: float = 0.0, *, first_head: bool = False) -> None:
         super().__init__()
+        self.first_head = first_head
         self.table = nn.Parameter(torch.zeros(1, head_dim, BUCKETS))
         slope = torch.linspace(0.0, locality, heads)[:, None]
         cells = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.5, 4.0, 0.0])  # by bucket; the prefix is near to all
@@ -36,7 +39,7 @@ class RelativeTable(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         """Bias of each query [batch, head, query, head_dim] for each bucket, [batch, head, query, 8]."""
-        bias = query @ self.table
+        bias = (query[:, :1] if self.first_head else query) @ self.table
         return bias if self.near is None else bias + self.near[:, None]
 
 
@@ -136,56 +139,89 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; with ``relative``, the bias uses the scaled query, as in iRPE."""
+    """Multi-head self-attention; with ``relative``, the bias uses the scaled query, as in iRPE.
 
-    def __init__(self, dim: int, heads: int, *, relative: bool, locality: float = 0.0, dropout: float = 0.0):
-        super().__init__()
-        self.heads, self.attention_dropout = heads, dropout
-        self.qkv, self.proj, self.dropout = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.Dropout(dropout)
-        self.relative = RelativeTable(dim // heads, heads, locality) if relative else None
-
-    def forward(self, x: Tensor, grid: Grid | None, keep: Tensor | None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        scale = q.shape[-1] ** -0.5
-        bias = None if self.relative is None else self.relative(q * scale)
-        dropout = self.attention_dropout if self.training else 0.0
-        out = attend(q, k, v, scale=scale, bias=bias, queries=grid, keys=grid, keep=keep, dropout=dropout)
-        return self.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)")))
-
-
-class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    ``across_heads``: each token attends over its own heads, and tokens do not mix: what the published AnySat computes when its
+    flash attention is on, because it hands over axes in the wrong order.
+    """
 
     def __init__(
         self,
         dim: int,
         heads: int,
         *,
-        relative: bool,
+        relative: bool = False,
         locality: float = 0.0,
         dropout: float = 0.0,
-        drop_path: float = 0.0,
+        first_head: bool = False,
+        across_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, heads, relative=relative, locality=locality, dropout=dropout)
+        self.heads, self.attention_dropout, self.across_heads = heads, dropout, across_heads
+        self.qkv, self.proj, self.dropout = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.Dropout(dropout)
+        self.relative = RelativeTable(dim // heads, heads, locality, first_head=first_head) if relative else None
+
+    def forward(self, x: Tensor, grid: Grid | None, keep: Tensor | None, first: int | None = None) -> Tensor:
+        q, k, v = self._qkv(x, first)
+        scale, dropout = q.shape[-1] ** -0.5, self.attention_dropout if self.training else 0.0
+        if self.across_heads:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2)
+        else:
+            # A token of the prefix sees all keys at one distance: its bias is constant, and cancels in the softmax.
+            bias = None if self.relative is None or first is not None else self.relative(q * scale)
+            out = attend(q, k, v, scale=scale, bias=bias, queries=grid, keys=grid, keep=keep, dropout=dropout)
+        return self.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+
+    def _qkv(self, x: Tensor, first: int | None) -> list[Tensor]:
+        """Queries (of the ``first`` tokens alone), keys and values, each [batch, head, token, head_dim]."""
+        if first is None:
+            return list(rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads))
+        dim = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, :first], weight[:dim], bias[:dim])
+        k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, -1)
+        return [rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v)]
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x). ``options`` are those of :class:`SelfAttention`."""
+
+    def __init__(
+        self, dim: int, heads: int, *, dropout: float = 0.0, drop_path: float = 0.0, eps: float = 1e-6, **options: Any
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = SelfAttention(dim, heads, dropout=dropout, **options)
         self.mlp, self.drop_path = Mlp(dim, 4 * dim, dropout), DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid: Grid | None = None, keep: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid, keep))
+    def forward(
+        self, x: Tensor, grid: Grid | None = None, keep: Tensor | None = None, first: int | None = None
+    ) -> Tensor:
+        """``first``: compute that many leading tokens alone, which must belong to the prefix of the grid."""
+        x = x[:, :first] + self.drop_path(self.attn(self.norm1(x), grid, keep, first))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class CrossAttention(nn.Module):
     """One learned query per output token, the same for every sample, reads all tokens. The bias uses the unscaled query."""
 
-    def __init__(self, dim: int, heads: int, *, relative: bool, locality: float = 0.0, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        relative: bool = True,
+        locality: float = 0.0,
+        dropout: float = 0.0,
+        first_head: bool = False,
+    ) -> None:
         super().__init__()
         self.heads, self.attention_dropout = heads, dropout
         self.query = nn.Parameter(torch.zeros(1, 1, dim))
         self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.proj, self.dropout = nn.Linear(dim, dim), nn.Dropout(dropout)
-        self.relative = RelativeTable(dim // heads, heads, locality) if relative else None
+        self.relative = RelativeTable(dim // heads, heads, locality, first_head=first_head) if relative else None
 
     def forward(self, x: Tensor, position: Tensor, queries: Grid, keys: Grid, keep: Tensor | None) -> Tensor:
         def split(t: Tensor) -> Tensor:
@@ -201,21 +237,15 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention without a residual (the queries carry no content), then x + mlp(norm x)."""
+    """Cross-attention without a residual (the queries carry no content), then x + mlp(norm x). ``options`` are those of
+    :class:`CrossAttention`."""
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        relative: bool,
-        locality: float = 0.0,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
+        self, dim: int, heads: int, *, dropout: float = 0.0, drop_path: float = 0.0, eps: float = 1e-6, **options: Any
     ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = CrossAttention(dim, heads, relative=relative, locality=locality, dropout=dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = CrossAttention(dim, heads, dropout=dropout, **options)
         self.mlp, self.drop_path = Mlp(dim, 4 * dim, dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, position: Tensor, queries: Grid, keys: Grid, keep: Tensor | None = None) -> Tensor:

@@ -22,6 +22,16 @@ def sinusoid(position: Tensor, dim: int, period: float) -> Tensor:
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
 
+def grid_sinusoid(at: Tensor, dim: int) -> Tensor:
+    """Sine and cosine code [..., dim] of places ``at`` [..., 2] (row, column), in any unit: half of the numbers for the column,
+    half for the row, each sines then cosines of wavelengths up to 2 pi 10000 (as in MAE and, in metres, AnySat)."""
+    if dim % 4:
+        raise ValueError(f"dim={dim} must be a multiple of 4 to hold sines and cosines of two coordinates")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, device=at.device, dtype=torch.float64) / (dim // 4))
+    angle = at.double().flip(-1)[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2).float()
+
+
 def day_number(time_s: Tensor, origin: float | None) -> Tensor:
     """Day of the middle of each period ``time_s`` [obs, 2]: days since ``origin`` (seconds since 1970), or, with
     ``origin=None``, the day of its year, 1 to 366. float64 [obs]."""
