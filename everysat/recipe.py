@@ -54,9 +54,15 @@ class Model(Named):
 
 
 class Source(Named):
-    """A dataset; ``weight`` is the chance of a step to draw from it, relative to the others."""
+    """A dataset; ``weight`` is the chance of a step to draw from it, relative to the others. ``label`` is what the log and the
+    objective call it, by default its name."""
 
     weight: float = Field(default=1.0, ge=0)
+    label: str = ""
+
+    @property
+    def called(self) -> str:
+        return self.label or self.name
 
 
 class Recipe(_Part):
@@ -122,6 +128,9 @@ class Recipe(_Part):
             raise ValueError(f"batch_size={self.batch_size} cannot be shared by devices={self.devices}")
         if not sum(source.weight for source in self.data) > 0:
             raise ValueError("data: all weights are 0")
+        called = [source.called for source in self.data]
+        if len({*called}) < len(called):
+            raise ValueError(f"data: sources are called {', '.join(called)}; give those that share a name a label each")
         if self.validate_every and not self.validation:
             raise ValueError("validate_every is set but there is no validation data")
         return self

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,8 @@ class _Training:
         if self.leads:
             self._checkpoint_file.unlink(missing_ok=True)
         self.fabric.barrier()
-        return Run(self.recipe, self.encoder.eval(), self.objective.eval(), Logbook.read(self.folder))
+        encoder = self.objective.exported(self.encoder).eval()
+        return Run(self.recipe, encoder, self.objective.eval(), Logbook.read(self.folder))
 
     def _loop(self, first: int, log: Logbook | None, stop: Stop, bar: Progress) -> None:
         steps = range(first, self.recipe.steps)
@@ -206,6 +207,8 @@ class _Training:
         if self.average is not None:
             self.average.update()
         rate = self.recipe.lr * learning_rate(self.recipe, step)
+        if len(self.data) > 1:
+            terms[f"loss_{self._source(step)}"] = terms["loss"]
         return {**terms, "lr": rate, "gradient_norm": norm, "seconds": time.monotonic() - begun}, stopped
 
     def _load(self, step: int) -> list[Batch]:
@@ -213,8 +216,12 @@ class _Training:
         dataset, loaded = self.data[int(self.plan.datasets[step])], []
         for micro, places in enumerate(self.plan.places(step)):
             mine = shard(list(enumerate(places.tolist())), *world())
-            loaded.append(Batch.cat([self._augmented(dataset[index], step, micro, slot) for slot, index in mine]))
+            batch = Batch.cat([self._augmented(dataset[index], step, micro, slot) for slot, index in mine])
+            loaded.append(replace(batch, source=self._source(step)))
         return loaded
+
+    def _source(self, step: int) -> str:
+        return self.recipe.data[int(self.plan.datasets[step])].called
 
     def _augmented(self, batch: Batch, step: int, micro: int, slot: int) -> Batch:
         return self.recipe.augment(batch, generator(self.recipe.seed, step, micro, slot, "augment"), self.keep)
@@ -281,12 +288,18 @@ class _Training:
         total: dict[str, float] = {}
         self.trainee.eval()
         with alone(), self.average.in_place() if self.average is not None else nullcontext():
-            for number, batch in enumerate(b for d in self.validation for b in in_order(d, self.recipe.batch_size)):
+            for number, batch in enumerate(self._validation_batches()):
                 for name, value in self._validate(number, batch.to(self.fabric.device), task, metrics).items():
                     total[name] = total.get(name, 0.0) + float(value) * len(batch)
         places = sum(map(len, self.validation))
         losses = {f"validation_{name}": value / places for name, value in total.items()}
         return {**losses, **{f"validation_{name}": float(metric.compute()) for name, metric in metrics.items()}}
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        names = [source.called for source in self.recipe.validation] or [""] * len(self.validation)
+        for name, dataset in zip(names, self.validation, strict=True):
+            for batch in in_order(dataset, self.recipe.batch_size):
+                yield replace(batch, source=name)
 
     def _validate(self, number: int, batch: Batch, task: Any, metrics: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses of a batch; ``metrics`` are updated."""
@@ -381,7 +394,7 @@ class _Training:
         """The encoder and the task, with their contract; what another objective learned goes to a file of its own."""
         facts = {"source": "trained", "run": self.recipe.name, "recipe": self.recipe.plain()}
         task = self.objective if isinstance(self.objective, Task) else None
-        weights.save(self.folder / "weights.safetensors", self.encoder, task, facts)
+        weights.save(self.folder / "weights.safetensors", self.objective.exported(self.encoder), task, facts)
         if task is None:
             checkpoint.save(self._objective_file, checkpoint.tensors_of(self.objective, ""), {})
 

@@ -233,10 +233,14 @@ Layer = Raster | Vector | Text
 
 @dataclass(frozen=True)
 class Batch:
-    """Places and what is known of them, by layer name. A place without observations in a layer just has no row there."""
+    """Places and what is known of them, by layer name. A place without observations in a layer just has no row there.
+
+    ``source``: the name of the dataset that they come from, in training on several.
+    """
 
     places: tuple[Place, ...]
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    source: str = ""
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
@@ -545,6 +549,10 @@ class Objective(nn.Module, ABC):
 
     def after_step(self, encoder: Encoder, step: int, steps: int) -> None:
         """Called after each optimiser step, for moving averages and the like."""
+
+    def exported(self, encoder: Encoder) -> Encoder:
+        """The encoder that a finished run is about: the trained one, unless the objective keeps a better one, as a teacher."""
+        return encoder
 
 
 class Task(Objective):

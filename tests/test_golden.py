@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_anysat import CHECKS as ANYSAT
+from golden_fixture import Fixture, close
 from torch import Tensor
 
 from everysat import sensors
@@ -31,25 +32,6 @@ from everysat.types import Batch, Place, Raster
 FOLDER = Path(os.environ.get("EVERYSAT_GOLDEN", Path(__file__).parent / "golden"))
 CASES = sorted(p for p in FOLDER.glob("*.json") if json.loads(p.read_text()).get("io"))
 PARTS = ("weights", "keys")  # kinds that belong to other fixtures
-
-
-def close(actual: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(
-        actual.float(), expected.float(), rtol=1e-4, atol=3e-5, msg=lambda text: f"{what}: {text}"
-    )
-
-
-class Fixture:
-    def __init__(self, path: Path) -> None:
-        self.facts: dict[str, Any] = json.loads(path.read_text())
-        self.io = load_file(path.parent / self.facts["io"])
-        self.weights: dict[str, Tensor] = {}
-        for name in self.facts["weights"]:
-            self.weights.update(load_file(path.parent / name))
-        self.folder = path.parent
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in self.io.items() if key.startswith(prefix)}
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -254,4 +236,5 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "omnisat.encoder": check_omnisat_encoder,
     "omnisat.pretrain": check_omnisat_pretrain,
     "omnisat.heads_losses": check_omnisat_heads_losses,
+    **ANYSAT,
 }

@@ -421,7 +421,7 @@ class AnySat(Encoder):
         if not self.settings.fusion:
             mean = _means(tokens.x, tokens.coords.row * cells + _cell(tokens), rows * cells)[row * cells + cell]
             return Features(mean, coords, _means(mean, row, rows), tokens.places)
-        x = tokens.x + self._positions(tokens)
+        x = tokens.x + self.positions(tokens)
         if hidden is not None and mask_token is not None:
             x = torch.where(hidden[:, None], mask_token.view(1, -1).to(x.dtype), x)
         z, slot, keep = self._packed(x, tokens.coords.row, rows)
@@ -429,10 +429,12 @@ class AnySat(Encoder):
             z = block(z, None, keep)
         keys, layout, keep = self._keys(z, slot, tokens)
         place = F.pad(self._grid_positions(height, width, z.device).to(z.dtype), (0, 0, 1, 0))[None]
+        if tokens.memo.get("shifted_queries"):
+            place = torch.cat([place[:, :1], place[:, :-1]], 1)
         out = self.cross(keys, place, Grid(1, 1, height, width), layout, keep)
         return Features(out[:, 1:][row, cell], coords, out[:, 0], tokens.places)
 
-    def _positions(self, tokens: Tokens) -> Tensor:
+    def positions(self, tokens: Tokens) -> Tensor:
         """Code of where each token is, [token, dim]."""
         height, width = tokens.memo["grid"]
         code = tokens.x.new_zeros(tokens.x.shape)
@@ -456,7 +458,7 @@ class AnySat(Encoder):
         number = torch.empty_like(row)
         number[order] = torch.arange(len(row), device=row.device) - (torch.cumsum(count, 0) - count)[row[order]]
         slot = row * longest + number
-        z = x.new_zeros(rows * longest, x.shape[1]).index_copy(0, slot, x).view(rows, longest, -1)
+        z = x.new_zeros(rows * longest, x.shape[1]).index_copy(0, slot, x).view(rows, longest, x.shape[1])
         z = torch.cat([self.class_token.expand(rows, -1, -1).to(z.dtype), z], 1)
         if len(row) == rows * longest:
             return z, slot, None
