@@ -128,9 +128,6 @@ class Recipe(_Part):
             raise ValueError(f"batch_size={self.batch_size} cannot be shared by devices={self.devices}")
         if not sum(source.weight for source in self.data) > 0:
             raise ValueError("data: all weights are 0")
-        called = [source.called for source in self.data]
-        if len({*called}) < len(called):
-            raise ValueError(f"data: sources are called {', '.join(called)}; give those that share a name a label each")
         if self.validate_every and not self.validation:
             raise ValueError("validate_every is set but there is no validation data")
         return self
