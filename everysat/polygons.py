@@ -92,18 +92,18 @@ def extractors(gsd_m: float, *, seed: int = 0) -> dict[str, Extractor]:
 def token_m(encoder: Encoder) -> float:
     """Side of an encoder's tokens, metres."""
     settings: Any = getattr(encoder, "settings", None)
-    if settings is None or not hasattr(settings, "patch_m"):
+    if settings is None or not hasattr(settings, "token_m"):
         raise ValueError(
-            f"a model of family {encoder.family!r} does not say how large its tokens are (settings.patch_m)"
+            f"a model of family {encoder.family!r} does not say how large its tokens are (settings.token_m)"
         )
-    return float(settings.patch_m)
+    return float(settings.token_m)
 
 
 def dense(encoder: Encoder, gsd_m: float, *, shifts: int = 1, chip_m: float | None = None) -> Dense:
     """Features of an encoder at ``gsd_m``; by default, chips are of the size that its position tables were learned on."""
     side = token_m(encoder)
     settings: Any = encoder.settings
-    chip_m = chip_m or side * settings.grid
+    chip_m = chip_m or settings.chip_m
     return Dense(encoder, gsd_m, side, shifts, chip_m=chip_m, stride_m=chip_m)
 
 
@@ -247,5 +247,5 @@ def task_mapper(encoder: Encoder, task: Task) -> Tasked:
     side = token_m(encoder)
     gsd_m = float(task.config.get("gsd_m") or side)
     settings: Any = encoder.settings
-    chip_m = side * settings.grid
+    chip_m = settings.chip_m
     return Tasked(encoder, task, gsd_m, align_m=chip_m, halo_m=chip_m)

@@ -68,6 +68,7 @@ class Config(BaseModel):
             the first layer at hand): that of its patch, and its own behind it.
         window, halo: fuse squares of ``window`` patches and ``halo`` more on each side, instead of the whole place at once:
             the cost is then linear in the area. 0: no windows.
+        grid: patches along the squares that maps of large places are made of.
         depth: of the spatial encoder and of the fusion, each. dropout: in the projectors of series.
         metric: positions count metres rather than cells. spatial: whether there is a spatial encoder, or the mean of
             sub-patches. fusion: whether layers are fused, or their tokens averaged (three ablations).
@@ -80,6 +81,7 @@ class Config(BaseModel):
     dense: str = ""
     window: int = 0
     halo: int = 1
+    grid: int = 12
     dim: int = 768
     depth: int = 6
     heads: int = 12
@@ -102,6 +104,15 @@ class Config(BaseModel):
         if self.patch_m <= 0 or self.window < 0 or not self.halo >= 0:
             raise ValueError(f"patch_m={self.patch_m}, window={self.window} and halo={self.halo} must not be negative")
         return self
+
+    @property
+    def token_m(self) -> float:
+        """Side of what a feature stands for, metres."""
+        return self.modalities[self.dense].sub_m if self.output == "dense" and self.dense else self.patch_m
+
+    @property
+    def chip_m(self) -> float:
+        return self.patch_m * self.grid
 
 
 @dataclass(frozen=True)
@@ -201,7 +212,7 @@ class AnySat(Encoder):
     def at(self, **changes: Any) -> AnySat:
         """The same encoder (sharing its weights) at another ``patch_m``, ``output``, ``dense``, ``window``, ``halo``, or with other
         pixels, ``gsd_m={layer: metres}``: positions then say the true size, whatever the projector was trained on."""
-        known = ("patch_m", "output", "dense", "window", "halo", "gsd_m")
+        known = ("patch_m", "output", "dense", "window", "halo", "grid", "gsd_m")
         for name in changes:
             if name not in known:
                 raise TypeError(f"{name} cannot be changed at a call. {suggest(name, known)}")

@@ -89,6 +89,16 @@ class Config(BaseModel):
             raise ValueError(f"dim={self.dim} must be divisible by heads={self.heads}")
         return self
 
+    @property
+    def token_m(self) -> float:
+        """Side of what a feature stands for, metres."""
+        return self.patch_m
+
+    @property
+    def chip_m(self) -> float:
+        """Side of the squares that position tables were learned on, of which maps of large places are made."""
+        return self.patch_m * self.grid
+
     def patch(self, name: str) -> int:
         """Pixels along a patch of that modality."""
         return round(self.patch_m / self.modalities[name].gsd_m)
