@@ -539,6 +539,9 @@ class AnySat(Encoder):
         token, south = torch.nonzero(reach[0], as_tuple=True)
         pair, east = torch.nonzero(reach[1][token], as_tuple=True)
         token, south = token[pair], south[pair]
+        # A smaller place of the batch has no windows beyond its edge, though their halo would reach it.
+        own = (torch.stack([south, east], -1) * w < self._extents(tokens)[coords.row[token]]).all(-1)
+        token, south, east = token[own], south[own], east[own]
         origin = torch.stack([south, east], -1) * w - h
         row = (coords.row[token] * counts[0] + south) * counts[1] + east
         used, row = torch.unique(row, return_inverse=True)

@@ -14,7 +14,14 @@ Negatives = Literal["all", "other_modalities", "everything", "other_images"]
 
 
 def mil_nce(
-    x: Tensor, group: Tensor, row: Tensor, cell: Tensor, *, tau: float = 0.1, negatives: Negatives = "all"
+    x: Tensor,
+    group: Tensor,
+    row: Tensor,
+    cell: Tensor,
+    *,
+    tau: float = 0.1,
+    negatives: Negatives = "all",
+    centred: bool = False,
 ) -> Tensor:
     """Multiple-instance InfoNCE of tokens ``x`` [token, dim] (OmniSat, section 3.2).
 
@@ -26,12 +33,21 @@ def mil_nce(
     - ``other_modalities``: no token of the same modality at all;
     - ``everything``: all but the token itself;
     - ``other_images``: the positives and all tokens of other places.
+
+    ``centred`` first takes the mean of its modality from each token, so that tokens that differ little from each other do not
+    all count as similar (not in the papers; small models get stuck there).
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.float(), dim=1, eps=1e-8)
         row = row + world()[0] * (1 << 32)
-        everyone, _ = gather_rows(x)
+        everyone, _ = gather_rows(x.float())
         (groups, _), (rows, _), (cells, _) = gather_rows(group), gather_rows(row), gather_rows(cell)
+        x = x.float()
+        if centred and len(groups):
+            count = torch.bincount(groups)
+            mean = everyone.new_zeros(len(count), everyone.shape[1]).index_add(0, groups, everyone)
+            mean = mean / count.clamp(min=1)[:, None]
+            x, everyone = x - mean[group], everyone - mean[groups]
+        x, everyone = F.normalize(x, dim=1, eps=1e-8), F.normalize(everyone, dim=1, eps=1e-8)
         similarity = x @ everyone.T / tau
         same_group, same_row = group[:, None] == groups, row[:, None] == rows
         positive = ~same_group & same_row & (cell[:, None] == cells)
