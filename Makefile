@@ -48,6 +48,8 @@ docs: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.omnisat_pastis
 	$(BIN)/python -m benchmarks.ragged
+	$(BIN)/python -m benchmarks.anysat speed
+	$(BIN)/python -m benchmarks.anysat scaling
 
 clean:
 	rm -rf .venv build dist site demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

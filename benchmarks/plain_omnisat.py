@@ -33,7 +33,7 @@ def encode(model: OmniSat, images: dict[str, Tensor], days: dict[str, Tensor]) -
         else:
             x = rearrange(images[name], "b t c (h y) (w x) -> (b h w) t (c y x)", y=patch, x=patch)
             day = repeat(days[name], "b t -> (b p) t", p=side * side)
-            tokens.append(rearrange(_ltae(projector, x, day), "(b p) d -> b p d", p=side * side))
+            tokens.append(rearrange(ltae_vectors(projector, x, day), "(b p) d -> b p d", p=side * side))
     position = model.position
     assert position is not None
     z = torch.cat([x + position[:, 1:] for x in tokens], dim=1)
@@ -41,8 +41,8 @@ def encode(model: OmniSat, images: dict[str, Tensor], days: dict[str, Tensor]) -
     keys = Grid(1, len(tokens), side, side)
     layout = Grid.guessed(len(keys)) if "sequence_grid" in model.settings.quirks else keys
     for block in model.blocks:
-        z = _block(block, z, layout.buckets())
-    return _cross(model.cross, z, model.query_position, keys.buckets(Grid(1, 1, side, side)))
+        z = block_forward(block, z, layout.buckets())
+    return cross_forward(model.cross, z, model.query_position, keys.buckets(Grid(1, 1, side, side)))
 
 
 def _cnn(cnn: PatchCnn, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _cnn(cnn: PatchCnn, x: Tensor) -> Tensor:
     return x[:, :, 0, 0]
 
 
-def _ltae(ltae: Ltae, x: Tensor, day: Tensor) -> Tensor:
+def ltae_vectors(ltae: Ltae, x: Tensor, day: Tensor) -> Tensor:
     n, t = x.shape[:2]
     values = ltae.observation(x.flatten(0, 1)).view(n, t, -1)
     if ltae.in_norm is not None:
@@ -69,7 +69,7 @@ def _ltae(ltae: Ltae, x: Tensor, day: Tensor) -> Tensor:
     return ltae.out_norm(ltae.out(torch.einsum("nht,nhtd->nhd", attention, chunks).flatten(1)))
 
 
-def _block(block: Block, x: Tensor, buckets: Tensor) -> Tensor:
+def block_forward(block: Block, x: Tensor, buckets: Tensor) -> Tensor:
     attention, y = block.attn, block.norm1(x)
     q, k, v = rearrange(attention.qkv(y), "b n (three h d) -> three b h n d", three=3, h=attention.heads)
     q = q * q.shape[-1] ** -0.5
@@ -81,7 +81,7 @@ def _block(block: Block, x: Tensor, buckets: Tensor) -> Tensor:
     return x + block.mlp(block.norm2(x))
 
 
-def _cross(block: CrossBlock, x: Tensor, position: Tensor, buckets: Tensor) -> Tensor:
+def cross_forward(block: CrossBlock, x: Tensor, position: Tensor, buckets: Tensor) -> Tensor:
     attention, y = block.attn, block.norm1(x)
     q, k, v = (
         rearrange(t, "b n (h d) -> b h n d", h=attention.heads)

@@ -72,6 +72,8 @@ class Config(BaseModel):
         depth: of the spatial encoder and of the fusion, each. dropout: in the projectors of series.
         metric: positions count metres rather than cells. spatial: whether there is a spatial encoder, or the mean of
             sub-patches. fusion: whether layers are fused, or their tokens averaged (three ablations).
+        locality: how much the fused feature of a patch begins by reading its own tokens, see :class:`RelativeTable`; the
+            published model has none, and needs long training to find out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,6 +93,7 @@ class Config(BaseModel):
     metric: bool = True
     spatial: bool = True
     fusion: bool = True
+    locality: float = 0.0
     quirks: tuple[Quirk, ...] = ()
 
     @model_validator(mode="after")
@@ -182,7 +185,7 @@ class AnySat(Encoder):
             self.blocks = nn.ModuleList(
                 Block(config.dim, config.heads, across_heads=across) for _ in range(config.depth)
             )
-            self.cross = CrossBlock(config.dim, config.heads, first_head=first_head)
+            self.cross = CrossBlock(config.dim, config.heads, first_head=first_head, locality=config.locality)
         self._initialise()
 
     def _take(self, config: Config) -> None:
