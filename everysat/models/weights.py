@@ -77,7 +77,8 @@ def save(
 
 def load(name_or_path: str | Path, **changes: Any) -> Encoder:
     """An encoder, in eval mode: from a weights file, or a fresh one by name (``omnisat/treesat``), which warns that it knows
-    nothing yet. ``changes`` replace entries of the config.
+    nothing yet. ``changes`` replace entries of the config; ``modalities`` adds to those of the file: a new name with its
+    description gets a new projector with random weights, to be trained on top of the rest; a list of names keeps these alone.
 
     Raises:
         ContractError: the file is not what its contract says. LookupError: no such model. FileNotFoundError: no such file.
@@ -130,7 +131,7 @@ def convert(
     module, variant = find("models", name)
     if not hasattr(module, "convert"):
         raise LookupError(f"model {name} has no published weights to convert (its module defines no convert)")
-    encoder = module.build(variant, **changes)
+    encoder = module.build(variant, **{**getattr(module, "PUBLISHED", {}), **changes})
     published = _read_published(Path(file))
     dropped = {key: f"does not begin with {prefix!r}" for key in published if not key.startswith(prefix)}
     state = {key.removeprefix(prefix): tensor for key, tensor in published.items() if key.startswith(prefix)}
@@ -194,11 +195,29 @@ def _encoder(
     path: Path, state: Mapping[str, Tensor], contract: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Encoder:
     module, _ = find("models", contract["family"])
+    before = contract["config"].get("modalities", {})
+    if "modalities" in changes:
+        changes = {**changes, "modalities": _modalities(path, before, changes["modalities"])}
     encoder: Encoder = module.from_config({**contract["config"], **changes})
     if not changes:
         _same_inputs(path, contract["inputs"], json.loads(json.dumps(describe(encoder.inputs))))
-    load_strictly(encoder, _part(state, "encoder"), f"{path}, encoder {contract['family']}")
+    saved = _part(state, "encoder")
+    gone = tuple(f"projectors.{name}." for name in before if name not in encoder.inputs)
+    new = tuple(f"projectors.{name}." for name in encoder.inputs if name not in before) if before else ()
+    saved = {key: tensor for key, tensor in saved.items() if not key.startswith(gone)}
+    saved |= {key: tensor for key, tensor in encoder.state_dict().items() if new and key.startswith(new)}
+    load_strictly(encoder, saved, f"{path}, encoder {contract['family']}")
     return encoder
+
+
+def _modalities(path: Path, before: Mapping[str, Any], wanted: Any) -> dict[str, Any]:
+    """Those of a file with new ones added, or some of them."""
+    if isinstance(wanted, Mapping):
+        return {**before, **wanted}
+    for name in wanted:
+        if name not in before:
+            raise LookupError(f"{path} has no modality {name!r}. {suggest(name, before)}")
+    return {name: before[name] for name in wanted}
 
 
 def _same_inputs(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +217,40 @@ def test_files_without_tensors_or_that_are_not_there(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "up.pth")
     with pytest.raises(ContractError, match=r"no key of .* begins with 'x\.'"):
         convert("omnisat/tiny", tmp_path / "up.pth", tmp_path / "out.safetensors", prefix="x.")
+
+
+def test_published_anysat_weights_are_converted_with_their_quirks(tmp_path) -> None:
+    published = load_file(Path(__file__).parent.parent / "golden" / "anysat_release_weights_s0.weights.safetensors")
+    torch.save({"state_dict": published}, tmp_path / "AnySat.pth")
+    done = convert(
+        "anysat/base",
+        tmp_path / "AnySat.pth",
+        tmp_path / "a.safetensors",
+        licence="MIT",
+        dim=64,
+        depth=2,
+        heads=4,
+    )
+    assert len(done.dropped) == 7  # key biases, which cancel
+    encoder = load(tmp_path / "a.safetensors")
+    assert set(encoder.config["quirks"]) == {"first_head_bias", "nested_subpatches", "padded", "placeless_context"}
+    assert json.loads((tmp_path / "a.safetensors.json").read_text())["licence"] == "MIT"
+
+
+def test_a_new_sensor_gets_a_projector_of_its_own_and_the_rest_stays(tmp_path) -> None:
+    from everysat.models import anysat
+
+    torch.manual_seed(0)
+    encoder = anysat.build("nano")
+    path = save(tmp_path / "a.safetensors", encoder)
+    bands = ["blue", "green", "red", "nir"]
+    planet = {"sensor": "planetscope-4b", "bands": bands, "gsd_m": 3.0, "projector": "series", "pixels": 4}
+    grown = load(path, modalities={"planet": planet})
+    assert set(grown.inputs) == {*encoder.inputs, "planet"}
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(grown.state_dict()[name], tensor)
+    few = load(path, modalities=["s2"])
+    assert set(few.inputs) == {"s2"}
+    assert not any(key.startswith("projectors.spot") for key in few.state_dict())
+    with pytest.raises(LookupError, match="s2"):
+        load(path, modalities=["s3"])
