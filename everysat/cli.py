@@ -27,6 +27,9 @@ Where = Annotated[str | None, typer.Option("--place", help="GeoJSON/GPKG, raster
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="change one entry, such as steps=2000 or model.options.dim=64")
 ]
+At = Annotated[
+    list[str] | None, typer.Option("--at", help="choose a setting of the model, such as patch_m=20 or output=dense")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
 
@@ -112,12 +115,13 @@ def evaluate(
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    at: At = None,
     quiet: Quiet = False,
 ) -> None:
     """How well a model's frozen features tell classes apart, from few labelled polygons, on ground that was held out."""
     from everysat import polygons
 
-    encoder = _encoder(model)
+    encoder = _encoder(model, at)
     table = polygons.compare(
         {Path(model).stem: encoder},
         _scene(files, encoder, sensor, times, place).read(),
@@ -151,6 +155,7 @@ def predict(
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    at: At = None,
     quiet: Quiet = False,
 ) -> None:
     """A map and its confidence, of an area of any size. Interrupted, the same command goes on."""
@@ -165,7 +170,7 @@ def predict(
     else:
         if column is None:
             raise ValueError("--labels needs --column, the attribute that holds the class")
-        encoder = _encoder(model)
+        encoder = _encoder(model, at)
         scene = _scene(files, encoder, sensor, times, place)
         mapper = polygons.probe_mapper(encoder, scene.read(), labels, column, gsd_m=gsd_m, shifts=shifts)
     for what, path in run(mapper, scene, out, quiet=quiet).items():
@@ -180,6 +185,7 @@ def embed(
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    at: At = None,
     quiet: Quiet = False,
 ) -> None:
     """Features of an area, one per token: as a Cloud-Optimized GeoTIFF (of any size, resumable), Zarr or GeoParquet."""
@@ -188,7 +194,7 @@ def embed(
     from everysat.predict import predict as run
     from everysat.types import Features
 
-    encoder = _encoder(model)
+    encoder = _encoder(model, at)
     scene = _scene(files, encoder, sensor, times, place)
     mapper = polygons.dense(encoder, polygons.token_m(encoder))
     if out.suffix in (".tif", ".tiff"):
@@ -205,11 +211,14 @@ def convert(
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the .safetensors")],
     licence: Annotated[str, typer.Option(help="of the weights, for the contract")] = "",
     source: Annotated[str, typer.Option(help="where the weights come from, for the contract")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="change an entry of the model's config, such as dim=384")
+    ] = None,
 ) -> None:
     """Published weights under the names used here, with a contract beside them. The only command that unpickles."""
     from everysat.models import weights
 
-    print(weights.convert(name, file, out, licence=licence, source=source))
+    print(weights.convert(name, file, out, licence=licence, source=source, **_settings(set_)))
 
 
 @app.command()
@@ -236,10 +245,17 @@ def _train(recipe: str, settings: list[str] | None, quiet: bool, kind: str) -> N
     print(train(loaded, quiet=quiet).weights)
 
 
-def _encoder(model: str) -> Any:
+def _encoder(model: str, at: list[str] | None = None) -> Any:
     from everysat.models import weights
 
-    return weights.load(model)
+    return weights.load(model).at(**_settings(at))
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    """Settings as ``key=value``, the values as YAML has them."""
+    from everysat.recipe import settings
+
+    return settings(given or ())
 
 
 def _scene(files: list[str], encoder: Any, sensor: str | None, times: list[str] | None, place: str | None) -> Any:

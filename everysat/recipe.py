@@ -186,6 +186,14 @@ class Recipe(_Part):
         return text
 
 
+def settings(given: Iterable[str]) -> dict[str, Any]:
+    """A dict from ``a.b=value`` entries, as on a command line."""
+    tree: Any = {}
+    for entry in given:
+        tree = _set(tree, entry)
+    return dict(tree)
+
+
 def check_options(build: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:
     """Refuse options that ``build`` does not take, or lacks, in words that name the nearest ones."""
     parameters = list(inspect.signature(build).parameters.values())[1:]  # the first is the variant
