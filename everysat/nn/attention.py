@@ -39,7 +39,9 @@ class RelativeTable(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         """Bias of each query [batch, head, query, head_dim] for each bucket, [batch, head, query, 8]."""
-        bias = (query[:, :1] if self.first_head else query) @ self.table
+        query = query[:, :1] if self.first_head else query
+        # As one product of rows: as a batch of products, the table would be copied for every sample and head.
+        bias = (query.reshape(-1, query.shape[-1]) @ self.table[0]).view(*query.shape[:-1], -1)
         return bias if self.near is None else bias + self.near[:, None]
 
 
@@ -179,7 +181,8 @@ class SelfAttention(nn.Module):
             return list(rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads))
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x[:, :first], weight[:dim], bias[:dim])
+        # Contiguous: of a slice, the product would be one per sample, each with its own copy of the weights.
+        q = F.linear(x[:, :first].contiguous(), weight[:dim], bias[:dim])
         k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, -1)
         return [rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v)]
 
