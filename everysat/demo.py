@@ -181,10 +181,11 @@ def _from_scratch(
 def _supervised(trained: Run, whole: Batch, labels: Labels, draw: Draw, out: Path) -> tuple[Encoder, Task]:
     """A fresh network trained on tiles around the training polygons of a draw, whose pixels alone are labelled."""
     tiles = _LabelledTiles(whole, labels, draw[0], 360.0)
+    without_skip = {"skip": False} if "skip" in trained.encoder.config else {}
     recipe = Recipe.parse(
         {
             "name": "scratch",
-            "model": {"name": "omnisat", "options": {**trained.encoder.config, "skip": False}},
+            "model": {"name": f"{trained.encoder.family}/", "options": {**trained.encoder.config, **without_skip}},
             "data": [{"name": "berlin"}],
             "task": {
                 "name": "classify/pixel",

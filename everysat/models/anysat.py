@@ -31,7 +31,7 @@ from everysat.nn.attention import Block, CrossBlock
 from everysat.nn.inputs import InputConfig
 from everysat.nn.position import Grid, day_number, grid_sinusoid
 from everysat.nn.temporal import Ltae
-from everysat.types import ALWAYS, Batch, ContractError, Coords, Encoder, Features, Raster, Tokens
+from everysat.types import ALWAYS, Batch, ContractError, Coords, Encoder, Features, Place, Raster, Tokens
 
 Quirk = Literal["first_head_bias", "across_heads", "nested_subpatches", "padded", "placeless_context"]
 """``first_head_bias``: the relative bias of the first head is added to all heads. ``across_heads``: attention of the fusion
@@ -418,7 +418,7 @@ class AnySat(Encoder):
         tokens that ``mask_token`` replaces, position included, in pre-training."""
         height, width = tokens.memo["grid"]
         window = self.settings.window
-        if window and self.settings.fusion and (height > window or width > window):
+        if window and len(tokens) and self.settings.fusion and (height > window or width > window):
             features = self._by_windows(tokens, hidden, mask_token)
         else:
             features = self._fused(tokens, hidden, mask_token)
@@ -549,15 +549,26 @@ class AnySat(Encoder):
         row = (coords.row[token] * counts[0] + south) * counts[1] + east
         used, row = torch.unique(row, return_inverse=True)
         local = replace(coords[token], row=row, at_m=coords.at_m[token] - origin * patch_m)
-        size = side * patch_m
-        pieces = Tokens(
-            tokens.x[token],
-            local,
-            tokens.groups,
-            (replace(tokens.places[0], height_m=size, width_m=size),) * len(used),
-            {"grid": (side, side), "context": tokens.memo["context"], "dense": None},
+        some = max(1, CHUNK_ELEMENTS // (4 * self.settings.dim * side * side * max(1, len(tokens.groups))))
+        parts = []
+        for first in range(0, len(used), some):
+            mine = (row >= first) & (row < first + some)
+            rows = min(some, len(used) - first)
+            piece = Tokens(
+                tokens.x[token[mine]],
+                replace(local[mine], row=row[mine] - first),
+                tokens.groups,
+                (Place(side * patch_m, side * patch_m),) * rows,
+                {**tokens.memo, "grid": (side, side)},
+            )
+            found = self._fused(piece, None if hidden is None else hidden[token[mine]], mask_token)
+            parts.append(replace(found, coords=replace(found.coords, row=found.coords.row + first)))
+        features = Features(
+            torch.cat([f.mean for f in parts]),
+            Coords.cat([f.coords for f in parts]),
+            torch.cat([f.summary for f in parts]),
+            tokens.places,
         )
-        features = self._fused(pieces, None if hidden is None else hidden[token], mask_token)
         own = features.coords.cells() - h
         place, window = used // (counts[0] * counts[1]), used % (counts[0] * counts[1])
         start = torch.stack([window // counts[1], window % counts[1]], -1) * w

@@ -205,6 +205,15 @@ def test_windows_of_two_places_are_those_of_each() -> None:
         torch.testing.assert_close(together.summary[row], alone.summary[0], rtol=1e-4, atol=1e-5)
 
 
+def test_windows_in_chunks_and_of_nothing(monkeypatch) -> None:
+    encoder = model("s2", "l7").at(window=2, halo=1)
+    batch = place(encoder, 160, 120, "s2", "l7")
+    whole = encoder.embed(batch)
+    monkeypatch.setattr(anysat, "CHUNK_ELEMENTS", 3000)
+    same(whole, encoder.embed(batch))
+    assert len(encoder.embed(Batch(batch.places)).coords) == 0
+
+
 def test_another_resolution_can_be_declared() -> None:
     encoder = model("s2", "spot")
     fine = place(encoder, 120, 120, "s2")
