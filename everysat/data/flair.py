@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from everysat import sensors
 from everysat.data import published
 from everysat.io import arrays, grid
 from everysat.types import Batch, Place, Raster
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
 
 LICENCE = "etalab-2.0"
 SOURCE = "https://huggingface.co/datasets/IGNF/FLAIR, https://ignf.github.io/FLAIR/"
@@ -73,7 +77,8 @@ class Flair:
             raise IndexError(f"index {index} is outside a dataset of {len(self)} places")
         domain, area, _, name = self.images[index].split("/")
         side_m = (CENTRE_PX if self.crop == "centre" else SIDE_PX) * GSD_M
-        place, layers = Place(side_m, side_m), {}
+        place: Place | None = None
+        layers: dict[str, Raster] = {}
         if "aerial-flair" in self.layers:
             place, layers["aerial-flair"] = self._aerial(self._folder("aerial") / self.images[index])
         if "s2" in self.layers:
@@ -82,7 +87,7 @@ class Flair:
         if self.label:
             mask = self._folder("labels") / domain / area / "msk" / name.replace("IMG_", "MSK_")
             layers["label"] = self._label(mask, side_m)
-        return Batch((place,), layers)
+        return Batch((place or Place(side_m, side_m),), layers)
 
     def fingerprint(self) -> str:
         return published.fingerprint(self)
@@ -94,18 +99,17 @@ class Flair:
         margin = (SIDE_PX - CENTRE_PX) // 2 if self.crop == "centre" else 0
         return slice(margin, SIDE_PX - margin)
 
-    def _pixels(self, path: Path) -> tuple[np.ndarray, Place]:
+    def _pixels(self, path: Path) -> tuple[np.ndarray, GeoBox | None]:
         numbers, geobox = arrays.tiff(path)
         if numbers.shape[1:] != (SIDE_PX, SIDE_PX):
             raise ValueError(f"{path} has {numbers.shape[1:]} pixels, expected {SIDE_PX} x {SIDE_PX}")
         side = self._side()
-        extent = (side.stop - side.start) * GSD_M
-        place = Place(extent, extent) if geobox is None else grid.place_of(grid.crop(geobox, side, side))
-        return numbers[:, side, side], place
+        return numbers[:, side, side], None if geobox is None else grid.crop(geobox, side, side)
 
-    def _aerial(self, path: Path) -> tuple[Place, Raster]:
-        numbers, place = self._pixels(path)
-        return place, published.image(sensors.get("flair-aerial"), numbers, path, GSD_M)
+    def _aerial(self, path: Path) -> tuple[Place | None, Raster]:
+        numbers, geobox = self._pixels(path)
+        raster = published.image(sensors.get("flair-aerial"), numbers, path, GSD_M)
+        return None if geobox is None else grid.place_of(geobox), raster
 
     def _label(self, path: Path, side_m: float) -> Raster:
         last, names = (OTHER, MERGED) if self.classes == len(MERGED) else (max(CLASSES), CLASSES)
@@ -123,7 +127,8 @@ class Flair:
         numbers = _window(arrays.npy(path, mapped=True), self.centroids[index], path)
         products = folder / f"{stem}_products.txt"
         time_s = published.days(published.stamps_in(arrays.lines(products), 2, products), products)
-        raster = published.series(sensors.get("sentinel-2-l2a").select(published.S2_BANDS), numbers, time_s, path)
+        sensor = sensors.get("sentinel-2-l2a").select(published.S2_BANDS)
+        raster = published.series(sensor, numbers, time_s, path, listed_in=products)
         if self.clouds is not None:
             masks = folder / f"{stem}_masks.npy"
             held = _window(arrays.npy(masks, mapped=True), self.centroids[index], masks)
@@ -197,16 +202,14 @@ def build(
 def _images(folder: Path, split: str, labels: Path | None) -> tuple[str, ...]:
     """Paths of the photographs of a split below ``folder``, sorted; an error when one is there without its label, or not there."""
     found = _below(folder, split, "img/IMG_*.tif")
-    if not found:
-        wanted = f"one of {', '.join(VAL_DOMAINS)}" if split == "val" else "a domain of this split"
-        raise FileNotFoundError(f"{folder} holds no <domain>/<area>/img/IMG_*.tif of {wanted}, for split={split!r}")
     if labels is not None:
         masks = {mask.replace("/msk/MSK_", "/img/IMG_") for mask in _below(labels, split, "msk/MSK_*.tif")}
         for odd in sorted(masks ^ set(found)):
             path = folder / odd if odd in masks else labels / odd.replace("/img/IMG_", "/msk/MSK_")
-            raise FileNotFoundError(
-                f"{path} is missing, its counterpart is there: the dataset is incomplete. Fetch it again"
-            )
+            raise FileNotFoundError(f"{path} is missing, its counterpart is there. Fetch it again")
+    if not found:
+        wanted = f"one of {', '.join(VAL_DOMAINS)}" if split == "val" else "a domain of this split"
+        raise FileNotFoundError(f"{folder} holds no <domain>/<area>/img/IMG_*.tif of {wanted}, for split={split!r}")
     return found
 
 

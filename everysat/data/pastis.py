@@ -104,15 +104,16 @@ class Pastis:
     def _series(self, patch: Patch, name: str) -> Raster:
         directory, prefix, key = SERIES[name]
         path = self.root / directory / f"{prefix}_{patch.number}.npy"
-        time_s = published.days(dict(patch.days)[key], self.root / "metadata.geojson")
+        listed = self.root / "metadata.geojson"
+        time_s = published.days(dict(patch.days)[key], listed)
         numbers = arrays.npy(path)
         if name == "s2":
             numbers = np.where(numbers <= NODATA, np.nan, numbers.astype(np.float32))
-            return published.series(theia(), numbers, time_s, path)
-        numbers = numbers.astype(np.float32)
+            return published.series(theia(), numbers, time_s, path, listed_in=listed)
+        numbers = np.where(np.isfinite(numbers), numbers, np.nan).astype(np.float32)
         if self.ratio == "quotient" and numbers.ndim == 4:
             numbers[:, 2] = numbers[:, 0] / np.where(numbers[:, 1] == 0, np.nan, numbers[:, 1])
-        return published.series(sentinel1(self.ratio), numbers, time_s, path)
+        return published.series(sentinel1(self.ratio), numbers, time_s, path, listed_in=listed)
 
     def _label(self, patch: Patch) -> Raster:
         path = self.root / "ANNOTATIONS" / f"TARGET_{patch.number}.npy"

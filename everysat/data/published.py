@@ -85,8 +85,17 @@ def stamps_in(products: Iterable[Any], field: int, path: str | Path) -> list[str
     return found
 
 
-def series(sensor: Sensor, numbers: np.ndarray, time_s: Tensor, path: str | Path, *, gsd_m: float = 10.0) -> Raster:
+def series(
+    sensor: Sensor,
+    numbers: np.ndarray,
+    time_s: Tensor,
+    path: str | Path,
+    *,
+    gsd_m: float = 10.0,
+    listed_in: str | Path = "",
+) -> Raster:
     """A dated layer of one place from digital numbers [obs, band, y, x] of the file ``path``, by the sensor's scale and nodata.
+    ``listed_in`` is the file that has the dates, when that is another one.
 
     Raises:
         ValueError: dates, bands or axes do not fit; names the file.
@@ -94,7 +103,9 @@ def series(sensor: Sensor, numbers: np.ndarray, time_s: Tensor, path: str | Path
     if numbers.ndim != 4 or numbers.shape[1] != len(sensor.bands):
         raise ValueError(f"{path} holds {numbers.shape}, expected [date, {len(sensor.bands)} bands, y, x]")
     if len(numbers) != len(time_s):
-        raise ValueError(f"{path} holds {len(numbers)} dates, but {len(time_s)} are listed for it")
+        raise ValueError(
+            f"{path} holds {len(numbers)} dates, but {len(time_s)} are listed for it{f' in {listed_in}' if listed_in else ''}"
+        )
     values, valid = physical(sensor, numbers)
     return Raster.of(sensor, values, gsd_m, valid=valid, time_s=time_s)
 

@@ -76,7 +76,9 @@ def tiff(path: str | Path) -> tuple[np.ndarray, GeoBox | None]:
             values = dataset.read()
     except RasterioError as error:
         raise unreadable(str(path), error) from error
-    placed = dataset.crs is not None and not dataset.transform.is_identity
+    # A local CRS, as the label files of FLAIR have, does not say where on Earth a pixel is.
+    placed = dataset.crs is not None and (dataset.crs.is_projected or dataset.crs.is_geographic)
+    placed = placed and not dataset.transform.is_identity
     return values, GeoBox(dataset.shape, dataset.transform, grid.plain_crs(dataset.crs)) if placed else None
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
-from shapely import Polygon
+from shapely import Polygon, transform
 from shapely.geometry import mapping, shape
-from shapely.ops import transform
 
 
 def square(
@@ -23,7 +23,7 @@ def square(
     lonlat = (float(centre[0]), float(centre[1]))
     if target is None:
         return None, lonlat
-    turned = transform(Transformer.from_crs(crs, target, always_xy=True).transform, outlined)
+    turned = _in(outlined, crs, target)
     west, south, east, north = turned.bounds
     if max(abs(east - west - side_m), abs(north - south - side_m)) >= gsd_m:
         return None, lonlat
@@ -36,4 +36,10 @@ def outline(corner: tuple[float, float], side_m: float, crs: str, target: str) -
     """The GeoJSON geometry, in ``target``, of the square of ``side_m`` whose north-west ``corner`` is given in ``crs``."""
     west, north = corner
     ring = [(west, north), (west + side_m, north), (west + side_m, north - side_m), (west, north - side_m)]
-    return dict(mapping(transform(Transformer.from_crs(crs, target, always_xy=True).transform, Polygon(ring))))
+    return dict(mapping(_in(Polygon(ring), crs, target)))
+
+
+def _in(geometry: Any, crs: str, target: str) -> Any:
+    """``geometry`` with its coordinates in ``target``."""
+    to = Transformer.from_crs(crs, target, always_xy=True)
+    return transform(geometry, lambda xy: np.column_stack(to.transform(xy[:, 0], xy[:, 1])))
