@@ -55,10 +55,11 @@ class Model(Named):
 
 class Source(Named):
     """A dataset; ``weight`` is the chance of a step to draw from it, relative to the others. ``label`` is what the log and the
-    objective call it, by default its name."""
+    objective call it, by default its name; ``batch_size`` that of its steps, by default the recipe's."""
 
     weight: float = Field(default=1.0, ge=0)
     label: str = ""
+    batch_size: int | None = Field(default=None, ge=1)
 
     @property
     def called(self) -> str:
@@ -124,13 +125,18 @@ class Recipe(_Part):
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be fewer than steps={self.steps}")
-        if self.batch_size < self.devices:
-            raise ValueError(f"batch_size={self.batch_size} cannot be shared by devices={self.devices}")
+        if min(self.batch_sizes) < self.devices:
+            raise ValueError(f"batch_size={min(self.batch_sizes)} cannot be shared by devices={self.devices}")
         if not sum(source.weight for source in self.data) > 0:
             raise ValueError("data: all weights are 0")
         if self.validate_every and not self.validation:
             raise ValueError("validate_every is set but there is no validation data")
         return self
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of each source."""
+        return [source.batch_size or self.batch_size for source in self.data]
 
     @property
     def folder(self) -> Path:

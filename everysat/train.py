@@ -125,7 +125,7 @@ class _Training:
         self.plan = Plan(
             [len(d) for d in self.data],
             [source.weight for source in recipe.data],
-            batch_size=recipe.batch_size,
+            batch_size=recipe.batch_sizes,
             accumulate=recipe.accumulate,
             steps=recipe.steps,
             seed=recipe.seed,
@@ -177,7 +177,8 @@ class _Training:
         try:
             for step, batch in zip(steps, batches, strict=True):
                 row, stopped = self._step(step, batch, stop)
-                rate = self.recipe.batch_size * self.recipe.accumulate / max(row["seconds"], 1e-9)
+                size = self.recipe.batch_sizes[int(self.plan.datasets[step])]
+                rate = size * self.recipe.accumulate / max(row["seconds"], 1e-9)
                 bar.advance(note=f"loss {row['loss']:.4g}, {rate:.3g} places/s")
                 done = step + 1
                 last = done == self.recipe.steps

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everysat.data.batches import Dataset
-from everysat.data.statistics import band_statistics
+from everysat.data.batches import Dataset, Joined, Subset
+from everysat.data.statistics import band_statistics, spread
 from everysat.find import find
 from everysat.models import weights
 from everysat.recipe import Recipe, RecipeError, check_options
@@ -66,19 +66,21 @@ def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
                 f"model.weights={model.weights} is of family {encoder.family!r}, model.name says {model.name!r}"
             )
     if model.statistics == "data":
-        encoder = with_statistics(encoder, data[0])
+        encoder = with_statistics(encoder, data)
     return encoder.train()
 
 
-def with_statistics(encoder: Encoder, dataset: Dataset) -> Encoder:
-    """The same encoder whose inputs are normalised by the statistics of ``dataset`` (at most 1000 places of it)."""
+def with_statistics(encoder: Encoder, datasets: Sequence[Dataset]) -> Encoder:
+    """The same encoder whose inputs are normalised by the statistics of ``datasets`` together (1000 places, as many of each)."""
     config = json.loads(json.dumps(encoder.config))
     modalities = config.get("modalities")
     if not isinstance(modalities, dict) or not set(encoder.inputs) <= set(modalities):
         raise RecipeError(
             f"model.statistics=data: the config of {encoder.family} lists no modalities; give means in options"
         )
-    found = band_statistics(dataset, encoder.inputs, places=1000, inputs=encoder.inputs)
+    each = max(1, 1000 // len(datasets))
+    some = Joined([Subset(d, spread(len(d), each)) for d in datasets])
+    found = band_statistics(some, encoder.inputs, inputs=encoder.inputs)
     for name, (mean, std) in found.items():
         modalities[name] |= {"mean": list(mean), "std": list(std)}
     again: Encoder = find("models", encoder.family)[0].from_config(config)

@@ -43,22 +43,49 @@ class Subset:
         return self.dataset[self.indices[index]]
 
 
+class Joined:
+    """Several datasets one after another."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self.datasets = list(datasets)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.datasets))
+
+    def __getitem__(self, index: int) -> Batch:
+        for dataset in self.datasets:
+            if 0 <= index < len(dataset):
+                return dataset[index]
+            index -= len(dataset)
+        raise IndexError(f"index is outside {len(self)} places")
+
+
 class Plan:
     """Which places each step takes from which dataset.
 
-    A step draws one dataset by weight, then ``accumulate`` batches of ``batch_size`` of its places. The places of a dataset
+    A step draws one dataset by weight, then ``accumulate`` batches of ``batch_size`` (one number, or one per dataset) of its places. The places of a dataset
     come in a new random order every epoch, without a repetition inside a batch: what is left of an epoch that does not fill
     a batch is skipped (another part each time). Only a dataset smaller than a batch repeats places inside a batch.
     """
 
     def __init__(
-        self, sizes: Sequence[int], weights: Sequence[float], *, batch_size: int, accumulate: int, steps: int, seed: int
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        *,
+        batch_size: int | Sequence[int],
+        accumulate: int,
+        steps: int,
+        seed: int,
     ) -> None:
         if not sizes or min(sizes) < 1:
             raise ValueError(f"sizes={list(sizes)}: every dataset needs at least one place")
         if len(weights) != len(sizes) or min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(f"weights={list(weights)} must be one per dataset, none negative, not all zero")
-        self.sizes, self.batch_size, self.accumulate, self.seed = list(sizes), batch_size, accumulate, seed
+        self.sizes, self.accumulate, self.seed = list(sizes), accumulate, seed
+        self.batch_sizes = [batch_size] * len(sizes) if isinstance(batch_size, int) else list(batch_size)
+        if len(self.batch_sizes) != len(sizes):
+            raise ValueError(f"batch_size={self.batch_sizes} must be one number, or one per dataset")
         bounds = np.cumsum(weights) / np.sum(weights)
         draws = stream(seed, "dataset").random(steps)
         self.datasets = np.minimum(np.searchsorted(bounds, draws, side="right"), len(sizes) - 1)
@@ -71,7 +98,7 @@ class Plan:
         return len(self.datasets)
 
     def places(self, step: int) -> list[np.ndarray]:
-        """Indices of the places of a step, one array of ``batch_size`` for each accumulated batch."""
+        """Indices of the places of a step, one array for each accumulated batch."""
         dataset = int(self.datasets[step])
         first = int(self._before[step]) * self.accumulate
         return [self._batch(dataset, number) for number in range(first, first + self.accumulate)]
@@ -79,15 +106,16 @@ class Plan:
     def epochs(self, step: int) -> list[float]:
         """How often each dataset's places were seen before ``step``."""
         taken = np.bincount(self.datasets[:step], minlength=len(self.sizes)) * self.accumulate
-        return [float(count * self.batch_size / size) for count, size in zip(taken, self.sizes, strict=True)]
+        each = zip(taken, self.batch_sizes, self.sizes, strict=True)
+        return [float(count * batch / size) for count, batch, size in each]
 
     def _batch(self, dataset: int, number: int) -> np.ndarray:
-        size = self.sizes[dataset]
-        if size < self.batch_size:
-            epochs = range(math.ceil(self.batch_size / size))
-            return np.concatenate([self._order(dataset, number * len(epochs) + e) for e in epochs])[: self.batch_size]
-        epoch, place = divmod(number, size // self.batch_size)
-        return self._order(dataset, epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        size, batch = self.sizes[dataset], self.batch_sizes[dataset]
+        if size < batch:
+            epochs = range(math.ceil(batch / size))
+            return np.concatenate([self._order(dataset, number * len(epochs) + e) for e in epochs])[:batch]
+        epoch, place = divmod(number, size // batch)
+        return self._order(dataset, epoch)[place * batch : (place + 1) * batch]
 
     def _epoch(self, dataset: int, epoch: int) -> np.ndarray:
         return stream(self.seed, "order", dataset, epoch).permutation(self.sizes[dataset])

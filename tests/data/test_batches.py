@@ -6,8 +6,9 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
-from everysat.data.batches import Plan, Subset, in_order, prefetch, shard
+from everysat.data.batches import Joined, Plan, Subset, in_order, prefetch, shard
 from everysat.data.synthetic import build
 
 
@@ -110,3 +111,21 @@ def test_subset_and_order():
         b.raster("label").values.equal(data[i].raster("label").values) for b, i in zip(batches, (4, 1), strict=True)
     ] == [True, True]
     assert [len(b) for b in in_order(data, 2)] == [2, 2, 1]
+
+
+def test_datasets_may_have_batches_of_their_own_size():
+    plan = Plan([10, 30], [1, 1], batch_size=[2, 5], accumulate=1, steps=40, seed=0)
+    sizes = {(int(d), len(plan.places(step)[0])) for step, d in enumerate(plan.datasets)}
+    assert sizes == {(0, 2), (1, 5)}
+    taken = np.bincount(plan.datasets, minlength=2)
+    assert plan.epochs(40) == [taken[0] * 2 / 10, taken[1] * 5 / 30]
+    with pytest.raises(ValueError, match="one per dataset"):
+        Plan([10, 30], [1, 1], batch_size=[2], accumulate=1, steps=1, seed=0)
+
+
+def test_joined_datasets_follow_each_other():
+    joined = Joined([build("images", places=2), build("images", places=3, seed=1)])
+    assert len(joined) == 5
+    assert torch.equal(joined[3].raster("fine").values, joined.datasets[1][1].raster("fine").values)
+    with pytest.raises(IndexError):
+        joined[5]
