@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
 
 
 def with_statistics(encoder: Encoder, datasets: Sequence[Dataset]) -> Encoder:
-    """The same encoder whose inputs are normalised by the statistics of ``datasets`` together (1000 places, as many of each)."""
+    """The same encoder whose inputs are normalised by the statistics of ``datasets`` together (1000 places, as many of each).
+    Inputs that are nowhere in them stay as they are."""
     config = json.loads(json.dumps(encoder.config))
     modalities = config.get("modalities")
     if not isinstance(modalities, dict) or not set(encoder.inputs) <= set(modalities):
@@ -80,12 +81,25 @@ def with_statistics(encoder: Encoder, datasets: Sequence[Dataset]) -> Encoder:
         )
     each = max(1, 1000 // len(datasets))
     some = Joined([Subset(d, spread(len(d), each)) for d in datasets])
-    found = band_statistics(some, encoder.inputs, inputs=encoder.inputs)
+    found = band_statistics(_Only(some, encoder.inputs), inputs=encoder.inputs, unseen=True)
     for name, (mean, std) in found.items():
         modalities[name] |= {"mean": list(mean), "std": list(std)}
     again: Encoder = find("models", encoder.family)[0].from_config(config)
     again.load_state_dict(encoder.state_dict())
     return again
+
+
+class _Only:
+    """The named layers of a dataset."""
+
+    def __init__(self, dataset: Dataset, names: Iterable[str]) -> None:
+        self.dataset, self.names = dataset, tuple(names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.dataset[index].only(*self.names)
 
 
 def with_absent_layers(encoder: Encoder, batch: Batch) -> Batch:

@@ -31,12 +31,13 @@ class Pooled:
         self.mean += shift * count / total
         self.count += count
 
-    def moments(self, name: str) -> Moments:
-        if (self.count == 0).any():
+    def moments(self, name: str, *, unseen: bool = False) -> Moments:
+        """Mean and deviation per band; with ``unseen``, a band that was nowhere valid gets 0 and 1 instead of an error."""
+        if (self.count == 0).any() and not unseen:
             raise ValueError(
                 f"layer {name!r} has no valid pixel in band number {int(self.count.argmin())}: no mean exists"
             )
-        std = (self.square / self.count).sqrt()
+        std = (self.square / self.count.clamp(min=1)).sqrt()
         return tuple(self.mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())  # a constant band is centred
 
 
@@ -46,11 +47,13 @@ def band_statistics(
     *,
     places: int | None = None,
     inputs: Mapping[str, Input] | None = None,
+    unseen: bool = False,
 ) -> dict[str, Moments]:
     """``{layer: (mean, std)}`` per band, pooled over the valid pixels of all places and dates, in the band's unit.
 
     One pass, one place in memory at a time. ``places`` looks at that many, evenly spread, instead of all. ``names``: layers;
     by default all rasters that are not classes. ``inputs`` says which bands of a layer are meant, in which order.
+    ``unseen``: whether bands that are nowhere valid are let pass, with mean 0 and deviation 1 (they have no effect).
 
     Raises:
         LookupError: a named layer is nowhere in the dataset. ValueError: a band is valid nowhere, or its layer changes bands.
@@ -71,7 +74,7 @@ def band_statistics(
     for name in wanted or ():
         if name not in pooled:
             raise LookupError(f"no place has a raster layer {name!r}; there are {', '.join(pooled) or 'none'}")
-    return {name: pool.moments(name) for name, (_, pool) in pooled.items()}
+    return {name: pool.moments(name, unseen=unseen) for name, (_, pool) in pooled.items()}
 
 
 def contract(dataset: Dataset, names: Iterable[str] | None = None, *, places: int | None = None) -> dict[str, Input]:

@@ -1,0 +1,107 @@
+"""The recipes of AnySat run on data in the published formats (made up, a few places each) with a small model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from everysat.find import find
+from everysat.models import anysat, weights
+from everysat.recipe import SHIPPED, Recipe
+from everysat.train import train
+
+SMALL = {"dim": 64, "depth": 1, "heads": 4}
+FINE = (
+    "treesatai",
+    "pastis_classify",
+    "pastis_segment",
+    "pastis_probe",
+    "flair",
+    "planted",
+    "braddts",
+    "sickle",
+    "timesen2crop",
+)
+
+
+def small(name: str, folder, *overrides: str) -> Recipe:
+    """The recipe with its datasets replaced by made-up ones, for one step."""
+    recipe = Recipe.load(name)
+    options = [f"model.options.{k}={v}" for k, v in SMALL.items()]
+    for part in ("data", "validation"):
+        for number, source in enumerate(getattr(recipe, part)):
+            root = folder / source.name.split("/")[0]
+            if not root.exists():
+                find("data", source.name)[0].fake(root)
+            options.append(f"{part}.{number}.options.root={root}")
+    shorter = ["steps=1", "batch_size=2", "warmup_steps=0", "validate_every=0", f"out={folder / 'run'}", *overrides]
+    return Recipe.load(name, [*options, *shorter])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipes")
+
+
+@pytest.mark.filterwarnings("ignore:No positive samples")  # a class that three made-up places lack
+@pytest.mark.parametrize("name", FINE)
+def test_fine_tuning_runs_on_the_published_format(name, folder) -> None:
+    run = train(small(f"anysat_{name}", folder), restart=True, quiet=True)
+    last = run.log[-1]
+    assert last["loss"] > 0
+    assert last["labelled"] > 0
+    assert any(key.startswith("validation_") for key in last)
+
+
+@pytest.mark.slow
+def test_pre_training_runs_on_the_five_datasets_of_geoplex(folder) -> None:
+    sizes = [f"data.{i}.batch_size=2" for i in range(5)]
+    options = ["objective.options.depth=1", "objective.options.heads=4"]
+    run = train(small("anysat_geoplex", folder, "steps=8", *sizes, *options), restart=True, quiet=True)
+    assert len({key for row in run.log for key in row if key.startswith("loss_")}) >= 3
+
+
+def test_every_fine_tuning_recipe_is_tested_here() -> None:
+    shipped = {f.stem.removeprefix("anysat_") for f in SHIPPED.glob("anysat_*.yaml")}
+    assert shipped == {*FINE, "geoplex", "berlin", "joint", "new_sensor"}
+
+
+def test_a_new_sensor_learns_and_the_rest_stays(folder) -> None:
+    """PlanetScope, which no published AnySat saw, on top of a frozen model."""
+    from everysat.data import synthetic
+
+    torch.manual_seed(0)
+    plain = {"s2": {**anysat.MODALITIES["s2"], "mean": [0.3] * 10, "std": [0.1] * 10}}
+    file = weights.save(folder / "a.safetensors", anysat.build("", **SMALL, modalities=plain))
+    bands = ["planet-1", "planet-2", "planet-3"]
+    table = {
+        "name": "synthetic-planet",
+        "kind": "optical",
+        "source": "synthetic",
+        "defaults": {"gsd_m": 3, "unit": "reflectance"},
+    }
+    table["bands"] = [{"name": b} for b in bands]
+    planet = {"sensor": table, "bands": bands, "gsd_m": 3.0, "projector": "series", "pixels": 4}
+    recipe = Recipe.load("anysat_new_sensor").changed(
+        model={
+            "name": "anysat/",
+            "weights": str(file),
+            "statistics": "data",
+            "options": {"patch_m": 60, "output": "dense", "dense": "planet", "modalities": {"planet": planet}},
+        },
+        data=[{"name": "synthetic"}],
+        task={
+            "name": "classify/pixel",
+            "options": {"gsd_m": 12, "token_size_m": 12, "classes": [f"class {i}" for i in range(4)]},
+        },
+        steps=2,
+        warmup_steps=0,
+        out=str(folder / "new"),
+    )
+    layers = {"planet": {"gsd_m": 3.0, "bands": 3, "dates": (2, 3)}}
+    data = synthetic.build("", modalities=layers, places=8, size_m=120.0, label_gsd_m=12.0)
+    run = train(recipe, data=[data], quiet=True, restart=True)
+    before, after = weights.load(file).state_dict(), run.encoder.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    fresh = weights.load(file, modalities={"planet": planet}).state_dict()
+    assert not torch.equal(after["projectors.planet.query"], fresh["projectors.planet.query"])
