@@ -83,7 +83,7 @@ class Cube:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside a dataset of {len(self)} tiles")
         whole = _cube(self.root / INPUTS, self.layers)
-        geobox: GeoBox = whole.places[0].geobox
+        geobox: Any = whole.places[0].geobox
         if self.labels:
             whole = whole.adding(label=_classification(self.root, self.labels, geobox))
         row, column = self.corners[index]
