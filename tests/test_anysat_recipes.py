@@ -53,6 +53,14 @@ def test_fine_tuning_runs_on_the_published_format(name, folder) -> None:
     assert any(key.startswith("validation_") for key in last)
 
 
+def test_the_joint_recipe_runs_on_real_data(folder, data_dir) -> None:
+    pytest.importorskip("rasterio")
+    roots = [f"data.1.options.root={data_dir / 'satclip_s2'}", f"data.2.options.root={data_dir / 'worldcereal'}"]
+    less = ["data.1.options.stride_m=1200", "data.0.options.stride_m=1800", "steps=4", "batch_size=2", "warmup_steps=0"]
+    run = train(Recipe.load("anysat_joint", [*roots, *less, f"out={folder / 'joint'}"]), restart=True, quiet=True)
+    assert len(run.log) == 4
+
+
 @pytest.mark.slow
 def test_pre_training_runs_on_the_five_datasets_of_geoplex(folder) -> None:
     sizes = [f"data.{i}.batch_size=2" for i in range(5)]
