@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ CLASSES = dict(
 BACKGROUND, VOID = 0, 19
 CROPS = tuple(name for code, name in CLASSES.items() if code not in (BACKGROUND, VOID))
 SIDE_M, SIDE_PX = 1280.0, 128
-NODATA = -10000  # of Theia; smaller negative numbers are dark surfaces, and 0 is a value
+NODATA = -10000
 SERIES = {
     "s2": ("DATA_S2", "S2", "dates-S2"),
     "s1-asc": ("DATA_S1A", "S1A", "dates-S1A"),
@@ -108,10 +109,9 @@ class Pastis:
         time_s = published.days(dict(patch.days)[key], listed)
         numbers = arrays.npy(path)
         if name == "s2":
-            numbers = np.where(numbers <= NODATA, np.nan, numbers.astype(np.float32))
             return published.series(theia(), numbers, time_s, path, listed_in=listed)
-        numbers = np.where(np.isfinite(numbers), numbers, np.nan).astype(np.float32)
         if self.ratio == "quotient" and numbers.ndim == 4:
+            numbers = np.where(np.isfinite(numbers), numbers, np.nan).astype(np.float32)
             numbers[:, 2] = numbers[:, 0] / np.where(numbers[:, 1] == 0, np.nan, numbers[:, 1])
         return published.series(sentinel1(self.ratio), numbers, time_s, path, listed_in=listed)
 
@@ -129,12 +129,14 @@ class Pastis:
         return published.without(full, hidden)
 
 
+@cache
 def theia() -> Sensor:
-    """Sentinel-2 as the Theia processor delivers it: 0 is a value."""
+    """Sentinel-2 as the Theia processor delivers it: -10000 is no data, 0 a value, and so are other negative numbers."""
     table = sensors.get("sentinel-2-l2a").select(published.S2_BANDS)
-    return replace(table, bands=tuple(replace(band, nodata=None) for band in table.bands))
+    return replace(table, bands=tuple(replace(band, nodata=NODATA) for band in table.bands))
 
 
+@cache
 def sentinel1(ratio: str = "stored") -> Sensor:
     """VV, VH and the third channel: as stored, VV less VH in dB; or their quotient, as the sensor's table has it."""
     table = published.sentinel1("VV", "VH", "ratio")

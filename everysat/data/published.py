@@ -16,7 +16,7 @@ from everysat import sensors
 from everysat.find import suggest
 from everysat.io import dates
 from everysat.sensors import Band, Sensor
-from everysat.types import Raster
+from everysat.types import ALWAYS, Raster
 
 S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 """The ten Sentinel-2 bands of 10 and 20 m, in the order that the datasets of the OmniSat and AnySat papers store."""
@@ -106,28 +106,40 @@ def series(
         raise ValueError(
             f"{path} holds {len(numbers)} dates, but {len(time_s)} are listed for it{f' in {listed_in}' if listed_in else ''}"
         )
-    values, valid = physical(sensor, numbers)
-    return Raster.of(sensor, values, gsd_m, valid=valid, time_s=time_s)
+    return Raster(sensor, *physical(sensor, numbers), time_s, torch.zeros(len(numbers), dtype=torch.int64), gsd_m)
 
 
 def image(sensor: Sensor, numbers: np.ndarray, path: str | Path, gsd_m: float) -> Raster:
     """An undated layer of one place from digital numbers [band, y, x] of the file ``path``."""
     if numbers.ndim != 3 or len(numbers) != len(sensor.bands):
         raise ValueError(f"{path} holds {numbers.shape}, expected [{len(sensor.bands)} bands, y, x]")
-    values, valid = physical(sensor, numbers[None])
-    return Raster.of(sensor, values, gsd_m, valid=valid)
+    always = torch.tensor([ALWAYS], dtype=torch.float64)
+    return Raster(sensor, *physical(sensor, numbers[None]), always, torch.zeros(1, dtype=torch.int64), gsd_m)
 
 
 def physical(sensor: Sensor, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Physical values float32 and validity of digital numbers [obs, band, y, x], as the sensor's table has them."""
-    shape = (1, -1, 1, 1)
-    scale, offset, nodata = (
-        np.array([np.nan if v is None else v for v in column], dtype=np.float32).reshape(shape)
-        for column in zip(*((b.scale, b.offset, b.nodata) for b in sensor.bands), strict=True)
-    )
-    values = numbers.astype(np.float32)
-    valid = np.isfinite(values) & (values != nodata)
-    return torch.from_numpy(values * scale + offset), torch.from_numpy(valid)
+    """Physical values float32 and validity of digital numbers [obs, band, y, x], as the sensor's table has them; 0 where they are
+    not valid. Few passes over the numbers: they are many, and a pass takes as long as reading them."""
+    values = torch.from_numpy(numbers.astype(np.float32))
+    nodata = {band.nodata for band in sensor.bands}
+    if nodata == {None}:
+        seen = np.ones(numbers.shape, dtype=bool)
+    elif len(nodata) == 1:
+        seen = numbers != nodata.pop()
+    else:
+        seen = numbers != np.array([np.nan if b.nodata is None else b.nodata for b in sensor.bands])[:, None, None]
+    if numbers.dtype.kind == "f":
+        seen &= np.isfinite(numbers)
+    valid = torch.from_numpy(seen)
+    for operation, column in (
+        (values.mul_, [b.scale for b in sensor.bands]),
+        (values.add_, [b.offset for b in sensor.bands]),
+    ):
+        if len(set(column)) > 1:
+            operation(torch.tensor(column).view(-1, 1, 1))
+        elif column[0] != (1.0 if operation == values.mul_ else 0.0):
+            operation(column[0])
+    return values if seen.all() else values.masked_fill_(~valid, 0.0), valid
 
 
 def clear(raster: Raster, probability: np.ndarray, limit: float, path: str | Path) -> Raster:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from everysat.data import treesatai
+from everysat.data import published, treesatai
 from everysat.data.treesatai import build
 
 
@@ -181,3 +181,10 @@ def test_what_cannot_be_is_refused(root: Path, options, message) -> None:
 def test_a_probability_is_a_share(root: Path) -> None:
     with pytest.raises(ValueError, match="clouds=50 must be between 0 and 1"):
         build(root=root, clouds=50)[0]
+
+
+def test_the_day_of_a_pass_over_midnight_is_that_of_its_start(tmp_path: Path) -> None:
+    name = b"S1A_IW_GRDH_1SDV_20190101T235950_20190102T000015_025287_02CC09_1570"
+    assert published.stamps_in([name], 4, tmp_path) == ["20190101"]
+    with pytest.raises(ValueError, match="'S1A_IW' is no name of a Sentinel product"):
+        published.stamps_in(["S1A_IW"], 4, tmp_path)
