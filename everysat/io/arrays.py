@@ -72,6 +72,8 @@ def tiff(path: str | Path) -> tuple[np.ndarray, GeoBox | None]:
     """
     dataset, lock = HANDLES.get(str(present(path)), open_raster)
     try:
+        if dataset.driver == "PNG" and not _is_whole_png(Path(path)):
+            raise RasterioError("it ends before its last block")
         with lock:
             values = dataset.read()
     except RasterioError as error:
@@ -80,6 +82,13 @@ def tiff(path: str | Path) -> tuple[np.ndarray, GeoBox | None]:
     placed = dataset.crs is not None and (dataset.crs.is_projected or dataset.crs.is_geographic)
     placed = placed and not dataset.transform.is_identity
     return values, GeoBox(dataset.shape, dataset.transform, grid.plain_crs(dataset.crs)) if placed else None
+
+
+def _is_whole_png(path: Path) -> bool:
+    """Whether the file ends as PNG files do: GDAL takes what is missing for zeros."""
+    with path.open("rb") as file:
+        file.seek(-min(12, path.stat().st_size), 2)
+        return b"IEND" in file.read()
 
 
 def parsed(path: str | Path) -> Any:
