@@ -175,7 +175,8 @@ def test_two_processes_see_the_losses_of_one(processes, tmp_path, missing):
         assert one == pytest.approx(two, rel=2e-4)
 
 
-def test_two_processes_pretrain_omnisat_like_one(processes, tmp_path):
+@pytest.mark.parametrize("family", ["omnisat", "anysat"])
+def test_two_processes_pretrain_like_one(processes, tmp_path, family):
     modalities = {}
     for name, layer in synthetic("three", places=1)[0].without("label").layers.items():
         bands = [{"name": band.name, "gsd_m": band.gsd_m, "unit": band.unit} for band in layer.sensor.bands]
@@ -185,13 +186,20 @@ def test_two_processes_pretrain_omnisat_like_one(processes, tmp_path):
             "gsd_m": layer.gsd_m,
             "projector": "image" if name == "vhr" else "series",
         }
+        if family == "anysat" and name == "vhr":
+            modalities[name]["pixels"] = 4
     sizes = {"grid": 6, "dim": 16, "depth": 1, "heads": 2, "dropout": 0.0, "drop_path": 0.0}
-    model = {"name": "omnisat", "statistics": "data", "options": {"modalities": modalities, **sizes}}
+    objective = {"name": "omnisat"}
+    if family == "anysat":
+        sizes = {"dim": 64, "depth": 1, "heads": 4, "dropout": 0.0, "patch_m": 10}
+        losses = {"targets": "batch", "centred": True}
+        objective = {"name": "jepa", "options": {"patch_m": [10, 20], "depth": 1, "heads": 4, **losses}}
+    model = {"name": f"{family}/", "statistics": "data", "options": {"modalities": modalities, **sizes}}
     data = [{"name": "synthetic", "options": {"places": 16, "missing": 0.35, "clouds": 0.3}}]
     changes = {
         "model": model,
         "data": data,
-        "objective": {"name": "omnisat"},
+        "objective": objective,
         "steps": 4,
         "batch_size": 3,
         "accumulate": 1,

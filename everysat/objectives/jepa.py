@@ -150,20 +150,19 @@ class Jepa(Objective):
 
     def _fewer_dates(self, batch: Batch, generator: torch.Generator, first: int) -> Batch:
         """A random part of the dates of each series of each place, at least one."""
-        layers = {}
-        for number, (name, layer) in enumerate(batch.layers.items()):
-            if isinstance(layer, Raster) and name in self.teacher.inputs and self.teacher.inputs[name].dated:
-                row = layer.row.cpu()
-                count = torch.bincount(row, minlength=len(batch))
-                within = _ordinal(row, len(batch))
-                # The number of a date makes its draw, so that where a place lies in the batch does not matter.
-                luck = uniform(generator, row + first, number * 100_000 + within).double()
-                order = torch.argsort(luck + row)
-                rank = torch.empty_like(order)
-                rank[order] = _ordinal(row[order], len(batch))
-                keep = rank < (count[row] * (1.0 - self.date_ratio)).long().clamp(min=1)
-                layer = layer.obs(torch.nonzero(keep).flatten().to(layer.row.device))
-            layers[name] = layer
+        layers = dict(batch.layers)
+        # In the order of the model's inputs, which all processes share, whatever the order in their part of the batch.
+        dated = [name for name, wanted in self.teacher.inputs.items() if wanted.dated and name in layers]
+        for name in dated:
+            layer = batch.raster(name)
+            row = layer.row.cpu()
+            count = torch.bincount(row, minlength=len(batch))
+            luck = uniform(generator, row + first, _ordinal(row, len(batch))).double()
+            order = torch.argsort(luck + row)
+            rank = torch.empty_like(order)
+            rank[order] = _ordinal(row[order], len(batch))
+            keep = rank < (count[row] * (1.0 - self.date_ratio)).long().clamp(min=1)
+            layers[name] = layer.obs(torch.nonzero(keep).flatten().to(layer.row.device))
         return replace(batch, layers=layers)
 
     def _draws(self, tokens: Tokens, patch_m: float, generator: torch.Generator, first: int) -> Draws:
