@@ -30,6 +30,7 @@ from everysat.find import suggest
 from everysat.nn.attention import Block, CrossBlock
 from everysat.nn.inputs import InputConfig
 from everysat.nn.position import Grid, day_number, grid_sinusoid
+from everysat.nn.ragged import ordinal, side_by_side
 from everysat.nn.temporal import Ltae
 from everysat.types import ALWAYS, Batch, ContractError, Coords, Encoder, Features, Place, Raster, Tokens
 
@@ -466,36 +467,21 @@ class AnySat(Encoder):
 
     def _packed(self, x: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Class token and tokens of each place, [place, 1 + most tokens, dim]; where each token went; which are there."""
-        count = torch.bincount(row, minlength=rows)
-        longest = int(count.max()) if rows else 0
-        order = torch.argsort(row, stable=True)
-        number = torch.empty_like(row)
-        number[order] = torch.arange(len(row), device=row.device) - (torch.cumsum(count, 0) - count)[row[order]]
-        slot = row * longest + number
-        z = x.new_zeros(rows * longest, x.shape[1]).index_copy(0, slot, x).view(rows, longest, x.shape[1])
+        z, there, slot = side_by_side(x, row, rows)
         z = torch.cat([self.class_token.expand(rows, -1, -1).to(z.dtype), z], 1)
-        if len(row) == rows * longest:
-            return z, slot, None
-        keep = torch.arange(longest, device=row.device) < count[:, None]
-        return z, slot, F.pad(keep, (1, 0), value=True)
+        return z, slot, None if len(row) == there.numel() else F.pad(there, (1, 0), value=True)
 
     def _keys(self, z: Tensor, slot: Tensor, tokens: Tokens) -> tuple[Tensor, Grid, Tensor | None]:
         """What the cross block reads: class token, context tokens, then each layer's grid of patches; and which are there."""
         height, width = tokens.memo["grid"]
         cells, rows = height * width, len(tokens.places)
         context = _context(tokens)
-        # Numbers of the layers that have patches, and of the context tokens of each place.
+        # Numbers of the layers that have patches; then of the context tokens of each place.
         layer = torch.cumsum(~tokens.memo["context"].to(z.device), 0) - 1
-        seen = torch.zeros(rows, dtype=torch.long, device=z.device).index_add(0, tokens.coords.row, context.long())
-        most = int(seen.max()) if rows else 0
-        order = torch.argsort(tokens.coords.row[context], stable=True)
-        number = torch.empty_like(order)
-        number[order] = (
-            torch.arange(len(order), device=z.device)
-            - (torch.cumsum(seen, 0) - seen)[tokens.coords.row[context][order]]
-        )
+        coarse = tokens.coords.row[context]
+        most = int(torch.bincount(coarse, minlength=1).max())
         to = torch.empty_like(slot)
-        to[context] = 1 + number
+        to[context] = 1 + ordinal(coarse, rows)
         to[~context] = 1 + most + layer[tokens.coords.group[~context]] * cells + _cell(tokens)[~context]
         grid = Grid(1 + most, max(1, int((~tokens.memo["context"]).sum())), height, width)
         to = to + tokens.coords.row * len(grid)

@@ -23,9 +23,10 @@ from everysat.nn.draws import generator as generator_for
 from everysat.nn.draws import uniform
 from everysat.nn.gather import gather_rows, global_mean, row_offset
 from everysat.nn.position import grid_sinusoid
+from everysat.nn.ragged import ordinal, side_by_side
 from everysat.objectives.contrastive import Negatives, mil_nce
 from everysat.objectives.masks import BlockMasks
-from everysat.types import Batch, Encoder, Features, Objective, Raster, Tokens
+from everysat.types import Batch, Encoder, Features, Objective, Tokens
 
 Quirk = Literal["shifted_tokens", "shifted_codes", "shifted_queries", "across_heads"]
 """Of the published code, for parity. ``shifted_tokens``: without context tokens, the student sees patch j + 1 - m of sensor m
@@ -63,10 +64,10 @@ class Predictor(nn.Module):
             asked, asked_code: number of the sequence (target x rows + place) of each asked patch, ascending, and its position.
             rows: number of places.
         """
-        context, context_there = _padded(self.embed(shown) + code, row, rows)
+        context, context_there, _ = side_by_side(self.embed(shown) + code, row, rows)
         mask = self.mask_token[0] + asked_code
         sequences = 1 + int(asked.max()) // rows if len(asked) else 1
-        targets, targets_there = _padded(mask, asked, sequences * rows)
+        targets, targets_there, _ = side_by_side(mask, asked, sequences * rows)
         first = self.class_token.expand(sequences * rows, -1, -1)
         z = torch.cat([first, context.repeat(sequences, 1, 1), targets], 1)
         there = torch.cat([context_there.repeat(sequences, 1), targets_there], 1)
@@ -157,10 +158,10 @@ class Jepa(Objective):
             layer = batch.raster(name)
             row = layer.row.cpu()
             count = torch.bincount(row, minlength=len(batch))
-            luck = uniform(generator, row + first, _ordinal(row, len(batch))).double()
+            luck = uniform(generator, row + first, ordinal(row, len(batch))).double()
             order = torch.argsort(luck + row)
             rank = torch.empty_like(order)
-            rank[order] = _ordinal(row[order], len(batch))
+            rank[order] = ordinal(row[order], len(batch))
             keep = rank < (count[row] * (1.0 - self.date_ratio)).long().clamp(min=1)
             layers[name] = layer.obs(torch.nonzero(keep).flatten().to(layer.row.device))
         return replace(batch, layers=layers)
@@ -276,24 +277,6 @@ class Jepa(Objective):
         code = view.positions(tokens)  # type: ignore[operator]
         moved = tokens.x[taken] + code[taken] - view.positions(nominal)  # type: ignore[operator]
         return replace(nominal, x=moved)
-
-
-def _padded(x: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Vectors of each row side by side [row, most, dim], and which are there."""
-    count = torch.bincount(row, minlength=rows)
-    longest = int(count.max()) if rows else 0
-    slot = row * longest + _ordinal(row, rows)
-    out = x.new_zeros(rows * longest, x.shape[1]).index_copy(0, slot, x).view(rows, longest, x.shape[1])
-    return out, torch.arange(longest, device=x.device) < count[:, None]
-
-
-def _ordinal(row: Tensor, rows: int) -> Tensor:
-    """Number of each entry among those of its row, in their order."""
-    count = torch.bincount(row, minlength=rows)
-    order = torch.argsort(row, stable=True)
-    number = torch.empty_like(row)
-    number[order] = torch.arange(len(row), device=row.device) - (torch.cumsum(count, 0) - count)[row[order]]
-    return number
 
 
 def _is_context(tokens: Tokens) -> Tensor:
