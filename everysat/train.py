@@ -179,7 +179,8 @@ class _Training:
                 row, stopped = self._step(step, batch, stop)
                 size = self.recipe.batch_sizes[int(self.plan.datasets[step])]
                 rate = size * self.recipe.accumulate / max(row["seconds"], 1e-9)
-                bar.advance(note=f"loss {row['loss']:.4g}, {rate:.3g} places/s")
+                source = f"{self._source(step)}: " if len(self.data) > 1 else ""
+                bar.advance(note=f"{source}loss {row['loss']:.4g}, {rate:.3g} places/s")
                 done = step + 1
                 last = done == self.recipe.steps
                 found = self.validate() if self.validation and (last or _due(done, self.recipe.validate_every)) else {}

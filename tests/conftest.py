@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data sets: EVERYSAT_DATA={folder} is no folder")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_installed_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Names of models mean fresh ones here, whatever weights this machine has installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVERYSAT_WEIGHTS", str(tmp_path_factory.mktemp("weights")))
+        yield
 
 
 @pytest.fixture

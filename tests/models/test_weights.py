@@ -254,3 +254,11 @@ def test_a_new_sensor_gets_a_projector_of_its_own_and_the_rest_stays(tmp_path) -
     assert not any(key.startswith("projectors.spot") for key in few.state_dict())
     with pytest.raises(LookupError, match="s2"):
         load(path, modalities=["s3"])
+
+
+def test_what_was_converted_without_a_path_is_found_by_its_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EVERYSAT_WEIGHTS", str(tmp_path / "deep" / "weights"))
+    published = Path(__file__).parent.parent / "golden" / "anysat_release_weights_s0.weights.safetensors"
+    done = convert("anysat/base", published, dim=64, depth=2, heads=4)
+    assert done.path == tmp_path / "deep" / "weights" / "anysat-base.safetensors"
+    assert load("anysat/base").dim == 64  # the file's sizes, and no warning
