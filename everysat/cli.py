@@ -86,6 +86,67 @@ def inspect(
 
 
 @app.command()
+def stats(
+    files: Annotated[
+        list[str] | None, typer.Argument(help="GeoTIFF, COG, JP2, NetCDF or Zarr; or none, with --data")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="a dataset by name, such as pastis or worldcereal/cube")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the dataset, such as root=DIR or tile_m=300")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file for load(..., statistics=FILE)")] = None,
+    places: Annotated[
+        int | None, typer.Option(help="so many places (or windows), evenly spread, instead of all")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="layers, bands and their order as this model's band contract has them")
+    ] = None,
+    sensor: Sensor = None,
+    times: Times = None,
+    place: Where = None,
+    quiet: Quiet = False,
+) -> None:
+    """Mean and standard deviation of every band over all valid pixels, of files or of a dataset: what normalises a model's input."""
+    from everysat.data.statistics import Windows, summarise
+    from everysat.io import statistics
+    from everysat.io.read import open_scene
+    from everysat.recipe import Named
+
+    if bool(files) == bool(data):
+        raise ValueError("give either files or --data NAME, not both and not neither")
+    if files and set_:
+        raise ValueError("--set is for options of a dataset given by --data")
+    inputs = None if model is None else _encoder(model).inputs
+    options = _settings(set_)
+    if data:
+        dataset = Named(name=data, options=options).build("data")
+    else:
+        where = _where(place, min((i.gsd_m for i in inputs.values()), default=None) if inputs else None)
+        dataset = Windows(open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs))
+    layers = {
+        name: summary.plain(name)
+        for name, summary in summarise(dataset, places=places, inputs=inputs, quiet=quiet).items()
+    }
+    _print(_statistics_table(layers))
+    if out is not None:
+        source = {"data": data, "options": options} if data else {"files": files}
+        print(statistics.save(out, layers, {**source, "places": places or len(dataset)}))
+
+
+def _statistics_table(layers: dict[str, dict[str, Any]]) -> Any:
+    from everysat.table import Table
+
+    keys = ("bands", "unit", "mean", "std", "count")
+    rows = [
+        (name, band, unit, f"{mean:.5g}", f"{std:.5g}", count)
+        for name, entry in layers.items()
+        for band, unit, mean, std, count in zip(*(entry[key] for key in keys), strict=True)
+    ]
+    notes = [f"{name}: {entry['sensor']}, {entry['gsd_m']:g} m" for name, entry in layers.items()]
+    return Table("Statistics", ("layer", "band", "unit", "mean", "std", "valid pixels"), tuple(rows), tuple(notes))
+
+
+@app.command()
 def pretrain(recipe: str, settings: Settings = None, quiet: Quiet = False) -> None:
     """Pre-train without labels, as a recipe (a YAML file, or the name of a shipped one) says. Again to resume."""
     _train(recipe, settings, quiet, "objective")
@@ -208,7 +269,9 @@ def embed(
 def convert(
     name: Annotated[str, typer.Argument(help="model and variant that the file holds, such as omnisat/treesat")],
     file: Annotated[Path, typer.Argument(help="published checkpoint: .pth, .ckpt or .safetensors")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the .safetensors")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="the .safetensors; by default where the model's name finds it")
+    ] = None,
     licence: Annotated[str, typer.Option(help="of the weights, for the contract")] = "",
     source: Annotated[str, typer.Option(help="where the weights come from, for the contract")] = "",
     set_: Annotated[
@@ -261,12 +324,18 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
 def _scene(files: list[str], encoder: Any, sensor: str | None, times: list[str] | None, place: str | None) -> Any:
     from everysat.io import read
 
-    where = None
-    if place is not None:
-        numbers = place.split(",")
-        source: Any = [float(n) for n in numbers] if len(numbers) == 4 else place
-        where = read.place(source, gsd_m=min(i.gsd_m for i in encoder.inputs.values()))
+    where = _where(place, min(i.gsd_m for i in encoder.inputs.values()))
     return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=encoder.inputs)
+
+
+def _where(place: str | None, gsd_m: float | None) -> Any:
+    """The place that ``--place`` stands for, if it was given."""
+    from everysat.io import read
+
+    if place is None:
+        return None
+    numbers = place.split(",")
+    return read.place([float(n) for n in numbers] if len(numbers) == 4 else place, gsd_m=gsd_m)
 
 
 def _or_dash(number: float | None) -> str:

@@ -19,7 +19,18 @@ def everysat(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_help_names_every_verb() -> None:
     shown = everysat("--help").stdout
-    for verb in ("sensors", "inspect", "pretrain", "finetune", "evaluate", "predict", "embed", "convert", "demo"):
+    for verb in (
+        "sensors",
+        "inspect",
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "predict",
+        "embed",
+        "convert",
+        "demo",
+        "stats",
+    ):
         assert verb in shown
 
 
@@ -72,6 +83,39 @@ def test_pretrain_prints_the_weights_and_a_wrong_key_is_named(tmp_path: Path) ->
     assert wrong.returncode == 2
     assert "steps" in wrong.stderr
     assert "everysat pretrain" in everysat("finetune", recipe).stderr
+
+
+def test_stats_of_a_dataset_are_printed_and_written_for_load(tmp_path: Path) -> None:
+    out = tmp_path / "stats.json"
+    done = everysat("stats", "--data", "synthetic/three", "--set", "places=9", "--places", "3", "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert "optical-4" in done.stdout
+    assert "synthetic-radar, 10 m" in done.stdout
+    assert "Statistics: 3/3" in done.stderr
+    content = json.loads(out.read_text())
+    assert content["format"] == "everysat-statistics/1"
+    assert content["source"] == {"data": "synthetic/three", "options": {"places": 9}, "places": 3}
+    assert set(content["layers"]) == {"vhr", "optical", "radar"}
+    assert content["layers"]["vhr"]["count"] == [3 * 24 * 24] * 3
+    both = everysat("stats", "x.tif", "--data", "synthetic")
+    assert both.returncode == 2
+    assert "either files or --data" in both.stderr
+    assert (
+        "no option 'plces'. Did you mean places" in everysat("stats", "--data", "synthetic", "--set", "plces=1").stderr
+    )
+
+
+def test_stats_of_files_see_every_pixel(tmp_path: Path) -> None:
+    try:
+        band = next(f for f in berlin.files() if f.endswith("B09.jp2"))
+    except FileNotFoundError as error:
+        pytest.skip(f"needs the scene: {error}")
+    out = tmp_path / "stats.json"
+    done = everysat("stats", band, "-o", out, "--quiet")
+    assert done.returncode == 0, done.stderr
+    (layer,) = json.loads(out.read_text())["layers"].values()
+    assert (layer["sensor"], layer["bands"], layer["unit"]) == ("sentinel-2-l1c", ["B09"], ["reflectance"])
+    assert layer["count"] == [128 * 256]
 
 
 def test_from_scene_to_map_on_the_command_line(tmp_path: Path) -> None:

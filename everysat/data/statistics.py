@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from everysat.data.batches import Dataset
-from everysat.types import Input, Raster
+from everysat.io.scene import Scene
+from everysat.progress import track
+from everysat.sensors import Sensor
+from everysat.types import Batch, Input, Raster
 
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -41,6 +47,81 @@ class Pooled:
         return tuple(self.mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())  # a constant band is centred
 
 
+@dataclass
+class Summary:
+    """What is known of a layer of a dataset: its bands, and running moments of their values. ``dated``: all dates are known."""
+
+    sensor: Sensor
+    gsd_m: float
+    dated: bool
+    pool: Pooled
+
+    def plain(self, name: str) -> dict[str, Any]:
+        """As :mod:`everysat.io.statistics` keeps it."""
+        mean, std = self.pool.moments(name)
+        return {
+            "sensor": self.sensor.name,
+            "gsd_m": self.gsd_m,
+            "bands": list(self.sensor.names),
+            "unit": [band.unit for band in self.sensor.bands],
+            "mean": list(mean),
+            "std": list(std),
+            "count": [int(count) for count in self.pool.count.tolist()],
+        }
+
+
+class Windows:
+    """All of a scene in windows of at most ``pixels`` on a side, those at the south and east edge smaller: a dataset that
+    leaves out nothing, for statistics. Not for training, where places should be of one size."""
+
+    def __init__(self, scene: Scene, pixels: int = 512) -> None:
+        side = max(1, pixels // scene.step) * scene.step
+        self.scene = scene
+        self.windows = [
+            (slice(row, min(row + side, scene.shape[0])), slice(column, min(column + side, scene.shape[1])))
+            for row in range(0, scene.shape[0], side)
+            for column in range(0, scene.shape[1], side)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.scene.read(self.windows[index])
+
+
+def summarise(
+    dataset: Dataset,
+    names: Iterable[str] | None = None,
+    *,
+    places: int | None = None,
+    inputs: Mapping[str, Input] | None = None,
+    quiet: bool = True,
+) -> dict[str, Summary]:
+    """Sensor, pixel size and pooled moments of the layers of a dataset; see :func:`band_statistics`. Shows progress unless quiet."""
+    wanted = None if names is None else list(names)
+    found: dict[str, Summary] = {}
+    for index in track(spread(len(dataset), places), "Statistics", quiet=quiet):
+        for name, raster in dataset[index].layers.items():
+            asked = isinstance(raster, Raster) and (
+                raster.sensor.kind != "classes" if wanted is None else name in wanted
+            )
+            if not asked or not isinstance(raster, Raster) or not len(raster.row):
+                continue
+            raster = inputs[name].fit(raster, name) if inputs and name in inputs else raster
+            dated = bool(torch.isfinite(raster.time_s).all())
+            summary = found.setdefault(
+                name, Summary(raster.sensor, raster.gsd_m, dated, Pooled(len(raster.sensor.bands)))
+            )
+            _refuse_change(name, index, summary, raster)
+            summary.dated &= dated
+            summary.pool.add(raster.values, raster.valid)
+    for name in wanted or ():
+        if name not in found:
+            raise LookupError(f"no place has a raster layer {name!r}; there are {', '.join(found) or 'none'}")
+    return found
+
+
 def band_statistics(
     dataset: Dataset,
     names: Iterable[str] | None = None,
@@ -58,39 +139,26 @@ def band_statistics(
     Raises:
         LookupError: a named layer is nowhere in the dataset. ValueError: a band is valid nowhere, or its layer changes bands.
     """
-    wanted = None if names is None else list(names)
-    pooled: dict[str, tuple[tuple[str, ...], Pooled]] = {}
-    for index in spread(len(dataset), places):
-        for name, raster in dataset[index].layers.items():
-            if not isinstance(raster, Raster) or (
-                raster.sensor.kind == "classes" if wanted is None else name not in wanted
-            ):
-                continue
-            raster = inputs[name].fit(raster, name) if inputs and name in inputs else raster
-            bands, pool = pooled.setdefault(name, (raster.sensor.names, Pooled(len(raster.sensor.bands))))
-            if raster.sensor.names != bands:
-                raise ValueError(f"layer {name!r} has bands {raster.sensor.names} in place {index}, {bands} before")
-            pool.add(raster.values, raster.valid)
-    for name in wanted or ():
-        if name not in pooled:
-            raise LookupError(f"no place has a raster layer {name!r}; there are {', '.join(pooled) or 'none'}")
-    return {name: pool.moments(name, unseen=unseen) for name, (_, pool) in pooled.items()}
+    found = summarise(dataset, names, places=places, inputs=inputs)
+    return {name: summary.pool.moments(name, unseen=unseen) for name, summary in found.items()}
 
 
 def contract(dataset: Dataset, names: Iterable[str] | None = None, *, places: int | None = None) -> dict[str, Input]:
     """The input contract of a model trained on this dataset: sensors, pixel sizes and statistics of its layers."""
-    statistics = band_statistics(dataset, names, places=places)
-    found: dict[str, Raster] = {}
-    for index in range(len(dataset)):
-        for name, layer in dataset[index].layers.items():
-            if name in statistics and isinstance(layer, Raster) and len(layer.row):
-                found.setdefault(name, layer)
-        if len(found) == len(statistics):
-            break
     return {
-        name: Input(r.sensor, r.gsd_m, *statistics[name], dated=bool(torch.isfinite(r.time_s).all()))
-        for name, r in found.items()
+        name: Input(s.sensor, s.gsd_m, *s.pool.moments(name), dated=s.dated)
+        for name, s in summarise(dataset, names, places=places).items()
     }
+
+
+def _refuse_change(name: str, index: int, before: Summary, raster: Raster) -> None:
+    if (raster.sensor.name, raster.sensor.names) != (before.sensor.name, before.sensor.names):
+        raise ValueError(
+            f"layer {name!r} has bands {raster.sensor.names} of {raster.sensor.name} in place {index}, "
+            f"{before.sensor.names} of {before.sensor.name} before"
+        )
+    if not math.isclose(raster.gsd_m, before.gsd_m, rel_tol=1e-3):
+        raise ValueError(f"layer {name!r} has gsd_m={raster.gsd_m:g} in place {index}, {before.gsd_m:g} before")
 
 
 def spread(count: int, wanted: int | None) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from everysat.find import find, suggest
+from everysat.io import statistics as moments
 from everysat.io.output import replacing
 from everysat.types import ContractError, Encoder, Input, Task
 
@@ -75,23 +77,59 @@ def save(
     return path
 
 
-def load(name_or_path: str | Path, **changes: Any) -> Encoder:
-    """An encoder, in eval mode: from a weights file, or a fresh one by name (``omnisat/treesat``), which warns that it knows
-    nothing yet. ``changes`` replace entries of the config; ``modalities`` adds to those of the file: a new name with its
+def load(
+    name_or_path: str | Path, *, statistics: str | Path | Mapping[str, Any] | None = None, **changes: Any
+) -> Encoder:
+    """An encoder, in eval mode: from a weights file; by the name (``anysat/base``) under which :func:`convert` installed one; or,
+    if there is none, a fresh one, which warns that it knows nothing yet. ``changes`` replace entries of the config; ``modalities`` adds to those of the file: a new name with its
     description gets a new projector with random weights, to be trained on top of the rest; a list of names keeps these alone.
+    ``statistics``: a file written by ``everysat stats``, or its content, whose mean and deviation then normalise the layers that it
+    names; see :func:`normalised`.
 
     Raises:
-        ContractError: the file is not what its contract says. LookupError: no such model. FileNotFoundError: no such file.
+        ContractError: the file is not what its contract says, or the statistics do not fit the model. LookupError: no such model.
+        FileNotFoundError: no such file.
     """
+    if not _is_file(name_or_path) and installed(str(name_or_path)).is_file():
+        name_or_path = installed(str(name_or_path))
     if not _is_file(name_or_path):
         module, variant = find("models", str(name_or_path))
         warnings.warn(
-            f"{name_or_path} is built with random weights: none are published under that name. Train it, or load a weights file",
+            f"{name_or_path} is built with random weights: none are installed under that name. Train it, load a weights file, or "
+            f"install published ones (everysat convert {name_or_path} FILE)",
             stacklevel=2,
         )
-        return module.build(variant, **changes).eval()
-    state, contract = _read(Path(name_or_path))
-    return _encoder(Path(name_or_path), state, contract, changes).eval()
+        encoder: Encoder = module.build(variant, **changes)
+    else:
+        encoder = _encoder(Path(name_or_path), *_read(Path(name_or_path)), changes)
+    return (encoder if statistics is None else normalised(encoder, statistics)).eval()
+
+
+def normalised(encoder: Encoder, statistics: str | Path | Mapping[str, Any]) -> Encoder:
+    """The same encoder, its inputs normalised by these statistics: a file written by ``everysat stats``, or its content.
+
+    Layers are matched by name, bands by theirs, in any order; layers that the statistics lack stay as they are.
+
+    Raises:
+        ContractError: no layer in common, another sensor or unit, a band that is missing; the message says what to do.
+    """
+    config = json.loads(json.dumps(encoder.config))
+    modalities = config.get("modalities")
+    if not isinstance(modalities, dict):
+        raise ContractError(f"the config of {encoder.family} lists no modalities that statistics could be put into")
+    layers = moments.load(statistics)
+    shared = [name for name in encoder.inputs if name in layers and name in modalities]
+    if not shared:
+        raise ContractError(
+            f"the statistics are of the layers {', '.join(layers) or 'none'}, the model has {', '.join(encoder.inputs)}: none in "
+            "common. Read the data under the model's names (everysat stats --model), or rename the layers in the file"
+        )
+    for name in shared:
+        mean, std = _moments(encoder.inputs[name], layers[name], name)
+        modalities[name] |= {"mean": mean, "std": std}
+    again: Encoder = find("models", encoder.family)[0].from_config(config)
+    again.load_state_dict(encoder.state_dict())
+    return again
 
 
 def load_task(path: str | Path) -> tuple[Encoder, Task]:
@@ -110,7 +148,7 @@ def load_task(path: str | Path) -> tuple[Encoder, Task]:
 def convert(
     name: str,
     file: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     prefix: str = "",
     source: str = "",
@@ -122,6 +160,7 @@ def convert(
     Args:
         name: model and variant whose sizes they have, such as ``omnisat/treesat``.
         file: .pth, .pt or .ckpt (read with ``weights_only=True``), or .safetensors.
+        out: where to write it; by default where :func:`load` finds it by ``name``, see :func:`installed`.
         prefix: of the keys to take, which is cut off; the others are listed as dropped.
         source, licence: for the contract. changes: options of the model's ``build``.
 
@@ -143,6 +182,9 @@ def convert(
     mapped = module.convert(kept, encoder.config)
     _refuse_silent_drops(lambda s: module.convert(s, encoder.config), kept, mapped, name)
     load_strictly(encoder, mapped, f"{file}, converted to {name}")
+    if out is None:
+        out = installed(name)
+        out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"source": source or str(file), "licence": licence, "published_sha256": _sha256(Path(file))}
     dropped.update({f"{prefix}{key}": why for key, why in reasons.items()})
     save(out, encoder, provenance={**facts, "dropped": dropped})
@@ -186,6 +228,12 @@ def describe(inputs: Mapping[str, Input]) -> dict[str, Any]:
     }
 
 
+def installed(name: str) -> Path:
+    """Where weights that are loaded by name lie: below the folder ``EVERYSAT_WEIGHTS``, or ``~/.local/share/everysat``."""
+    folder = Path(os.environ.get("EVERYSAT_WEIGHTS") or Path.home() / ".local" / "share" / "everysat")
+    return folder / f"{name.replace('/', '-')}.safetensors"
+
+
 def contract_path(path: str | Path) -> Path:
     """Where the contract of a weights file lies."""
     return Path(f"{path}.json")
@@ -208,6 +256,26 @@ def _encoder(
     saved |= {key: tensor for key, tensor in encoder.state_dict().items() if new and key.startswith(new)}
     load_strictly(encoder, saved, f"{path}, encoder {contract['family']}")
     return encoder
+
+
+def _moments(wanted: Input, entry: Mapping[str, Any], name: str) -> tuple[list[float], list[float]]:
+    """Mean and std of an entry of a statistics file in the order of the bands of ``wanted``."""
+    advice = "compute them of data read as the model wants it: everysat stats --model"
+    if entry["sensor"] != wanted.sensor.name:
+        raise ContractError(
+            f"the statistics of layer {name!r} are of sensor {entry['sensor']}, the model expects {wanted.sensor.name}; {advice}"
+        )
+    if missing := [band for band in wanted.sensor.names if band not in entry["bands"]]:
+        raise ContractError(
+            f"the statistics of layer {name!r} are of the bands {', '.join(entry['bands'])} and lack {', '.join(missing)}; {advice}"
+        )
+    order = [entry["bands"].index(band) for band in wanted.sensor.names]
+    for band, index in zip(wanted.sensor.bands, order, strict=True):
+        if entry["unit"][index] != band.unit:
+            raise ContractError(
+                f"the statistics of layer {name!r} band {band.name} are in {entry['unit'][index]}, the model expects {band.unit}; {advice}"
+            )
+    return [entry["mean"][i] for i in order], [entry["std"][i] for i in order]
 
 
 def _modalities(path: Path, before: Mapping[str, Any], wanted: Any) -> dict[str, Any]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import rasterio
 import torch
+from rasterio.transform import from_origin
 
-from everysat.data.statistics import band_statistics, contract, spread
+from everysat.data.statistics import Windows, band_statistics, contract, spread, summarise
 from everysat.data.synthetic import build
+from everysat.io.read import open_scene
+from everysat.sensors import Band, Sensor
 
 
 class Spoiled:
@@ -69,3 +74,58 @@ def test_a_constant_band_has_a_usable_deviation_and_a_missing_layer_an_error():
 def test_spread_takes_what_is_asked_evenly():
     assert spread(5, None) == spread(5, 9) == [0, 1, 2, 3, 4]
     assert spread(100, 4) == [0, 25, 50, 75]
+
+
+def test_a_summary_names_bands_units_and_valid_pixels():
+    data = build(places=5, clouds=0.6)
+    found = summarise(data)["optical"]
+    plain = found.plain("optical")
+    assert (plain["sensor"], plain["gsd_m"], plain["bands"][3]) == ("synthetic-optical", 10.0, "optical-4")
+    assert plain["unit"] == ["reflectance"] * 4
+    assert plain["count"] == sum(data[i].raster("optical").valid.sum((0, 2, 3)) for i in range(5)).tolist()
+    assert (tuple(plain["mean"]), tuple(plain["std"])) == band_statistics(data)["optical"]
+
+
+def test_a_layer_that_changes_sensor_or_pixel_is_refused():
+    class Mixed:
+        def __init__(self, *parts):
+            self.parts = parts
+
+        def __len__(self):
+            return len(self.parts)
+
+        def __getitem__(self, i):
+            return self.parts[i]
+
+    one = build("images", places=1, size_m=40)[0]
+    coarse = one.raster("coarse")
+    other = one.adding(coarse=replace(coarse, gsd_m=20.0))
+    with pytest.raises(ValueError, match="layer 'coarse' has gsd_m=20 in place 1, 10 before"):
+        summarise(Mixed(one, other))
+    other = one.adding(coarse=replace(coarse, sensor=replace(coarse.sensor, name="another")))
+    with pytest.raises(ValueError, match="of another in place 1"):
+        summarise(Mixed(one, other))
+
+
+def test_windows_leave_out_no_pixel(tmp_path):
+    """Sides that are no multiple of the window, two pixel sizes, and a corner without data."""
+    sensor = Sensor("made", "optical", (Band("fine", 10, "DN", nodata=0), Band("coarse", 20, "DN")), "synthetic")
+    stored = {}
+    for name, gsd_m, shape in (("fine", 10, (22, 34)), ("coarse", 20, (11, 17))):
+        values = np.random.default_rng(gsd_m).integers(1, 1000, shape).astype("uint16")
+        values[:3, :3] = 0 if name == "fine" else values[:3, :3]
+        profile = {"driver": "GTiff", "count": 1, "height": shape[0], "width": shape[1], "dtype": "uint16"}
+        place = {"crs": "EPSG:32632", "transform": from_origin(500000, 5e6, gsd_m, gsd_m)}
+        with rasterio.open(tmp_path / f"{name}.tif", "w", **profile, **place) as file:
+            file.write(values, 1)
+            file.set_band_description(1, name)
+        stored[name] = values[values > 0].astype(float)
+    files = [tmp_path / f"{name}.tif" for name in stored]
+    scene = open_scene(files, sensor=sensor, names={"made-10m": "fine", "made-20m": "coarse"})
+    windows = Windows(scene, 9)
+    assert len(windows) == 3 * 5
+    for name, summary in summarise(windows).items():
+        (mean,), (std,) = summary.pool.moments(name)
+        assert int(summary.pool.count) == stored[name].size
+        assert mean == pytest.approx(stored[name].mean(), rel=1e-9)
+        assert std == pytest.approx(stored[name].std(), rel=1e-9)

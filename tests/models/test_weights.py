@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from third_party import strips
 
+from everysat.data.statistics import summarise
 from everysat.data.synthetic import build as synthetic
+from everysat.io import statistics
 from everysat.models import omnisat
-from everysat.models.weights import contract_path, convert, load, load_strictly, load_task, save
+from everysat.models.weights import contract_path, convert, load, load_strictly, load_task, normalised, save
 from everysat.tasks import classify
 from everysat.types import ContractError
 
@@ -262,3 +264,121 @@ def test_what_was_converted_without_a_path_is_found_by_its_name(tmp_path, monkey
     done = convert("anysat/base", published, dim=64, depth=2, heads=4)
     assert done.path == tmp_path / "deep" / "weights" / "anysat-base.safetensors"
     assert load("anysat/base").dim == 64  # the file's sizes, and no warning
+
+
+# --- statistics of the user's data ---------------------------------------------------------------------------------------
+
+
+def three(**changes):
+    """A small OmniSat for the synthetic modalities, with statistics that fit no data."""
+    layers = synthetic("three", places=1)[0].layers
+    kinds = {"vhr": "image", "optical": "series", "radar": "series"}
+    modalities = {
+        name: {
+            "sensor": {"name": r.sensor.name, "kind": r.sensor.kind, "source": "synthetic",
+                       "bands": [{"name": b.name, "gsd_m": b.gsd_m, "unit": b.unit} for b in r.sensor.bands]},
+            "bands": list(r.sensor.names), "gsd_m": r.gsd_m, "projector": kinds[name],
+            "mean": [7.0] * len(r.sensor.bands), "std": [3.0] * len(r.sensor.bands),
+        }
+        for name, r in layers.items() if name in kinds
+    }  # fmt: skip
+    options = {"patch_m": 10.0, "grid": 6, "dim": 16, "depth": 1, "heads": 4, **changes}
+    return omnisat.build("", modalities=modalities, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def measured():
+    data = synthetic("three", places=6)
+    return {name: summary.plain(name) for name, summary in summarise(data).items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(2)
+    return save(tmp_path / "three.safetensors", three())
+
+
+def test_statistics_of_a_file_normalise_the_input_and_stay(saved, measured, tmp_path):
+    file = statistics.save(tmp_path / "stats.json", measured, {})
+    encoder = load(saved, statistics=file)
+    batch = synthetic("three", places=6)
+    seen = [encoder.inputs["radar"].normalise(batch[i].raster("radar")) for i in range(6)]
+    assert torch.cat(seen).mean((0, 2, 3)).abs().max() < 1e-5
+    assert encoder.config["modalities"]["radar"]["mean"] == measured["radar"]["mean"]
+    before = load(saved)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), encoder.parameters(), strict=True))
+    assert not torch.equal(before.embed(batch[0]).mean, encoder.embed(batch[0]).mean)
+    again = load(save(tmp_path / "again.safetensors", encoder))
+    assert again.inputs == encoder.inputs
+    assert torch.equal(again.embed(batch[0]).mean, encoder.embed(batch[0]).mean)
+
+
+def test_bands_are_matched_by_name_and_what_is_not_there_stays(saved, measured):
+    radar = measured["radar"]
+    turned = {key: value[::-1] if isinstance(value, list) else value for key, value in radar.items()}
+    more = {key: [*value, value[0]] if isinstance(value, list) else value for key, value in turned.items()}
+    more["bands"] = [*turned["bands"], "radar-9"]
+    content = {"format": statistics.FORMAT, "layers": {"radar": more, "thermal": radar}}
+    inputs = load(saved, statistics=content).inputs
+    assert inputs["radar"].mean == tuple(radar["mean"])
+    assert inputs["radar"].std == tuple(radar["std"])
+    assert inputs["vhr"].mean == (7.0,) * 3
+
+
+def test_statistics_of_something_else_are_refused_with_what_to_do(saved, measured):
+    def refused(message, **change):
+        content = {"format": statistics.FORMAT, "layers": {"radar": {**measured["radar"], **change}}}
+        with pytest.raises(ContractError, match=rf"layer 'radar'.*{message}.*everysat stats --model"):
+            load(saved, statistics=content)
+
+    refused("are of sensor sentinel-1-grd, the model expects synthetic-radar", sensor="sentinel-1-grd")
+    refused("bands VV, radar-2 and lack radar-1", bands=["VV", "radar-2"])
+    refused("band radar-2 are in linear, the model expects dB", unit=["dB", "linear"])
+    with pytest.raises(ContractError, match=r"are of the layers s2, the model has vhr, optical, radar: none in common"):
+        load(saved, statistics={"format": statistics.FORMAT, "layers": {"s2": measured["radar"]}})
+    with pytest.raises(FileNotFoundError, match="no statistics file"):
+        load(saved, statistics="nowhere.json")
+
+
+def test_a_model_without_modalities_in_its_config_takes_none(encoder, measured):
+    encoder.config = {"dim": 4}
+    with pytest.raises(ContractError, match=r"config of third_party\.strips lists no modalities"):
+        normalised(encoder, {"format": statistics.FORMAT, "layers": measured})
+
+
+def test_the_given_encoder_is_left_as_it_is(encoder):
+    fine = {
+        "sensor": "synthetic-fine",
+        "gsd_m": 5.0,
+        "bands": ["fine-1", "fine-2", "fine-3"],
+        "unit": ["reflectance"] * 3,
+    }
+    fine |= {"mean": [0.1] * 3, "std": [0.4] * 3, "count": [9] * 3}
+    again = normalised(encoder, {"format": statistics.FORMAT, "layers": {"fine": fine}})
+    assert again.inputs["fine"].mean == (0.1,) * 3
+    assert encoder.inputs["fine"].mean == (0.3,) * 3
+    with torch.no_grad():
+        next(again.parameters()).add_(1.0)
+    assert not torch.equal(next(again.parameters()), next(encoder.parameters()))
+
+
+def test_a_fresh_model_takes_statistics_too():
+    with pytest.warns(UserWarning, match="random weights"):
+        wanted = load("omnisat/treesat", dim=16, depth=1, heads=4).inputs["s2"]
+    names = list(wanted.sensor.names)
+    s2 = {
+        "sensor": "sentinel-2-l2a",
+        "gsd_m": 10.0,
+        "bands": names,
+        "unit": ["reflectance"] * 10,
+        "mean": [0.5] * 10,
+        "std": [0.25] * 10,
+        "count": [1] * 10,
+    }
+    with pytest.warns(UserWarning, match="random weights"):
+        encoder = load(
+            "omnisat/treesat", dim=16, depth=1, heads=4, statistics={"format": statistics.FORMAT, "layers": {"s2": s2}}
+        )
+    assert encoder.inputs["s2"].mean == (0.5,) * 10
+    assert encoder.dim == 16
+    assert not encoder.training
