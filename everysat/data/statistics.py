@@ -71,14 +71,14 @@ class Summary:
 
 
 class Windows:
-    """All of a scene in windows of at most ``pixels`` on a side, those at the south and east edge smaller: a dataset that
-    leaves out nothing, for statistics. Not for training, where places should be of one size."""
+    """All of a scene in windows of about ``pixels`` on a side: a dataset that leaves out nothing, for statistics. Those at the
+    south and east edge reach beyond it, where nothing is valid."""
 
     def __init__(self, scene: Scene, pixels: int = 512) -> None:
         side = max(1, pixels // scene.step) * scene.step
         self.scene = scene
         self.windows = [
-            (slice(row, min(row + side, scene.shape[0])), slice(column, min(column + side, scene.shape[1])))
+            (slice(row, row + side), slice(column, column + side))
             for row in range(0, scene.shape[0], side)
             for column in range(0, scene.shape[1], side)
         ]
