@@ -87,6 +87,8 @@ class Jepa(Objective):
         date_ratio, modality_ratio: shares of the dates, and of the unprotected sensors of shown patches, that are hidden.
         contrastive: weight of the contrastive term (0 leaves it out), with ``tau``, ``negatives`` and ``centred`` of
             :func:`mil_nce`.
+        fused: contrast the fused features of all patches too, as one more sensor, with sensors hidden as for the prediction. Not in
+            the paper; small models otherwise lose in the fusion what their tokens know.
         targets: the teacher's features are normalised per ``patch`` (layer normalisation, as published), or per feature over the
             ``batch``, which keeps small models from agreeing on a constant.
         momentum: of the teacher at the first step, rising in a line to 1 at the last.
@@ -108,6 +110,7 @@ class Jepa(Objective):
         tau: float = 0.1,
         negatives: Negatives = "all",
         centred: bool = False,
+        fused: bool = False,
         targets: Literal["patch", "batch"] = "patch",
         momentum: float = 0.996,
         quirks: Sequence[Quirk] = (),
@@ -123,7 +126,7 @@ class Jepa(Objective):
         spans: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (masks or {}).items()}
         self.masks = BlockMasks(**spans)
         self.date_ratio, self.modality_ratio, self.quirks = date_ratio, modality_ratio, tuple(quirks)
-        self.contrastive, self.momentum, self.targets = contrastive, momentum, targets
+        self.contrastive, self.fused, self.momentum, self.targets = contrastive, fused, momentum, targets
         self.contrast: dict[str, Any] = {"tau": tau, "negatives": negatives, "centred": centred}
         self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.dim))
         self.predictor = Predictor(settings.dim, depth, heads, across_heads="across_heads" in quirks)
@@ -187,11 +190,22 @@ class Jepa(Objective):
         predicted, wanted = self.predictions(view, tokens, goal, draws)
         losses = {"prediction": global_mean(F.smooth_l1_loss(predicted.float(), wanted.float(), reduction="none"))}
         if self.contrastive:
-            fine = ~_is_context(tokens)
-            some = tokens[fine]
-            index = some.coords.group, some.coords.row, _cell(some)
-            losses["contrastive"] = mil_nce(some.x, *index, **self.contrast)
+            losses["contrastive"] = self._contrast(view, tokens, draws)
         return {"loss": losses["prediction"] + self.contrastive * losses.get("contrastive", 0.0), **losses}
+
+    def _contrast(self, view: Encoder, tokens: Tokens, draws: Draws) -> Tensor:
+        some = tokens[~_is_context(tokens)]
+        x, group, row, cell = some.x, some.coords.group, some.coords.row, _cell(some)
+        if self.fused:
+            whole: Features = view(tokens, hidden=self._hidden(tokens, draws), mask_token=self.mask_token)
+            known = torch.zeros_like(draws.context)
+            known[row, cell] = True
+            at = _cell_of(whole, tokens.memo["grid"][1])
+            keep = known[whole.coords.row, at]  # not what context tokens alone say of a patch
+            x = torch.cat([x, whole.mean[keep]])
+            group = torch.cat([group, torch.full_like(at[keep], len(tokens.groups))])
+            row, cell = torch.cat([row, whole.coords.row[keep]]), torch.cat([cell, at[keep]])
+        return mil_nce(x, group, row, cell, **self.contrast)
 
     def predictions(self, view: Encoder, tokens: Tokens, goal: Features, draws: Draws) -> tuple[Tensor, Tensor]:
         """Predicted and wanted features of the asked patches that the teacher has something to say of, block by block."""

@@ -189,7 +189,8 @@ def test_it_learns_from_two_sources_at_their_own_patch_sizes(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"targets": "batch", "centred": True}, {"contrastive": 0.0}, {"negatives": "other_images"}]
+    "options",
+    [{"targets": "batch", "centred": True}, {"contrastive": 0.0}, {"negatives": "other_images"}, {"fused": True}],
 )
 def test_other_choices_of_the_losses(encoder, options) -> None:
     terms = objective(encoder, **options)(encoder, places(0, 1), torch.Generator().manual_seed(0))
