@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.anysat_learning import DATA, OUT, RESULT, cube
+from benchmarks.anysat_learning import DATA, OUT, RESULT
 from everysat.baselines import Bands, RandomConvolutions, Statistics
+from everysat.data import worldcereal
 from everysat.models import anysat, weights
 from everysat.nn.mappers import Dense
 from everysat.nn.probe import fit_linear
@@ -24,15 +25,6 @@ from everysat.nn.scores import confusion_matrix, macro_f1
 from everysat.types import Batch, Raster
 
 COUNTS, DRAWS = (5, 20, 100), 5
-
-
-def labels() -> tuple[Tensor, list[str]]:
-    """1 where the product says cropland, 0 elsewhere [y, x], and the names of these classes."""
-    import xarray as xr
-
-    with xr.open_dataset(DATA / "worldcereal" / "worldcereal_cropland_classification.nc") as data:
-        found = data["__xarray_dataarray_variable__"].sel(bands="classification")
-        return torch.from_numpy(found.values.astype("int64")), ["other", "cropland"]
 
 
 def whole_series(batch: Batch) -> Tensor:
@@ -63,8 +55,11 @@ def score(x: Tensor, label: Tensor, names: list[str], count: int, seed: int) -> 
 
 
 def main() -> None:
-    batch = cube()
-    label, names = labels()
+    cube = worldcereal.build("cube", root=DATA / "worldcereal", tile_m=1000.0)[0]
+    batch, product = cube.without("label"), cube.raster("label")
+    label = torch.where(product.valid, product.values, -1)[0, 0].long()
+    codes = product.sensor.bands[0].classes or {}
+    names = [codes[code] for code in sorted(codes)]
     trained = weights.load(OUT / "joint" / "weights.safetensors")
     torch.manual_seed(0)
     fresh = anysat.from_config(trained.config).eval()
@@ -72,7 +67,7 @@ def main() -> None:
     views: dict[str, Any] = {"bands (mean over the year)": Bands(10.0), "image statistics": Statistics(10.0)}
     views["random convolutions"] = RandomConvolutions(10.0, filters=64).fit(batch, g)
     for name, encoder in {"AnySat untrained": fresh, "AnySat pre-trained jointly": trained}.items():
-        view = encoder.at(output="dense", dense="cube-s2", patch_m=60.0)
+        view = encoder.at(output="dense", dense="s2", patch_m=60.0)
         views[name] = Dense(view, 10.0, 10.0, chip_m=240.0, stride_m=120.0)  # type: ignore[arg-type]
     images = {name: extract(batch)[0].float() for name, extract in views.items()}
     images["all months of all bands"] = whole_series(batch)

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from everysat import demo, polygons
 from everysat.data import berlin
-from everysat.data.crops import Crops
 from everysat.models import anysat
 from everysat.nn.grid import on_grid
 from everysat.nn.mappers import Dense
@@ -40,122 +38,34 @@ OUT = Path(os.environ.get("EVERYSAT_LEARNING", "runs/anysat_learning"))
 DATA = Path(os.environ.get("EVERYSAT_DATA", "../shared/data"))
 RESULT = Path(__file__).parent / "results" / "anysat_learning.json"
 FRACTIONS, DRAWS, SHARE = (0.02, 0.1, 1.0), 5, 0.15
-TEN, TWENTY = ("B02", "B03", "B04", "B08"), ("B05", "B06", "B07", "B8A", "B11", "B12")
 DENSE: dict[str, Any] = {"output": "dense", "dense": "s2-10m"}
-MONTH_S = 30.4375 * 86400.0
 
 
 # --- data --------------------------------------------------------------------------------------------------------------------
 
 
-def layer(sensor: str, bands: tuple[str, ...], values: Tensor, gsd_m: float, **options: Any) -> Raster:
-    """A layer whose ``values`` [obs, band, y, x] lie at 10 m, averaged to ``gsd_m``."""
-    fine = Raster.of(get(sensor).select(bands), values, 10.0, **options)
+def layer(bands: tuple[str, ...], values: Tensor, gsd_m: float) -> Raster:
+    """A Level-1C layer whose ``values`` [1, band, y, x] lie at 10 m, averaged to ``gsd_m``."""
+    fine = Raster.of(get("sentinel-2-l1c").select(bands), values, 10.0)
     if gsd_m == 10.0:
         return fine
-    height, width = (int(n * 10 // gsd_m) for n in values.shape[2:])
-    found, valid = on_grid(replace(fine, row=torch.arange(len(values))), len(values), gsd_m, height, width)
+    size = [int(n * 10 // gsd_m) for n in values.shape[2:]]
+    found, valid = on_grid(fine, 1, gsd_m, *size)
     return replace(fine, values=found, valid=valid, gsd_m=gsd_m)
-
-
-def worldwide() -> list[Batch]:
-    """The 23 L2A patches, 2.56 km each, as 10 and 20 m layers."""
-    import rasterio
-
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
-    order = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
-    found = []
-    for file in sorted((DATA / "satclip_s2").rglob("*.tif")):
-        with rasterio.open(file) as source:
-            stack = torch.from_numpy(source.read().astype("float32"))[None] / 1e4
-        pick = {bands: stack[:, [order.index(b) for b in bands]] for bands in (TEN, TWENTY)}
-        layers = {
-            "l2a-10m": layer("sentinel-2-l2a", TEN, pick[TEN], 10.0),
-            "l2a-20m": layer("sentinel-2-l2a", TWENTY, pick[TWENTY], 20.0),
-        }
-        found.append(Batch((Place(2560.0, 2560.0),), layers))
-    return found
-
-
-def cube() -> Batch:
-    """Twelve months of Sentinel-2 (9 bands) and Sentinel-1 over 1 km, all on 10 m."""
-    import xarray as xr
-
-    bands = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B11", "B12")
-    with xr.open_dataset(DATA / "worldcereal" / "worldcereal_preprocessed_inputs.nc") as data:
-        start = torch.from_numpy(data.t.values.astype("datetime64[s]").astype("int64")).double()
-        times = torch.stack([start, start + MONTH_S], 1)
-
-        def stack(names: list[str]) -> tuple[Tensor, Tensor]:
-            raw = torch.stack([torch.from_numpy(data[n].values.astype("float32")) for n in names], 1)
-            return raw, raw != 65535
-
-        optical, seen = stack([f"S2-L2A-{b}" for b in bands])
-        radar, heard = stack(["S1-SIGMA0-VV", "S1-SIGMA0-VH"])
-    decibel = 20.0 * torch.log10(radar.clamp(min=1.0)) - 83.0
-    layers = {
-        "cube-s2": layer("sentinel-2-l2a", bands, optical / 1e4, 10.0, valid=seen, time_s=times),
-        "cube-s1": layer("sentinel-1-grd", ("VV", "VH"), decibel, 10.0, valid=heard, time_s=times),
-    }
-    return Batch((Place(1000.0, 1000.0),), layers)
-
-
-MODALITIES: dict[str, dict[str, Any]] = {
-    "s2-10m": {"sensor": "sentinel-2-l1c", "bands": TEN, "gsd_m": 10, "projector": "image", "pixels": 2},
-    "s2-20m": {"sensor": "sentinel-2-l1c", "bands": TWENTY, "gsd_m": 20, "projector": "image", "pixels": 1},
-    "s2-60m": {
-        "sensor": "sentinel-2-l1c",
-        "bands": ("B01", "B09", "B10"),
-        "gsd_m": 60,
-        "projector": "image",
-        "pixels": 1,
-    },
-    "l2a-10m": {"sensor": "sentinel-2-l2a", "bands": TEN, "gsd_m": 10, "projector": "image", "pixels": 2},
-    "l2a-20m": {"sensor": "sentinel-2-l2a", "bands": TWENTY, "gsd_m": 20, "projector": "image", "pixels": 1},
-    "cube-s2": {
-        "sensor": "sentinel-2-l2a",
-        "bands": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B11", "B12"),
-        "gsd_m": 10,
-        "projector": "series",
-        "normalise_series": True,
-    },
-    "cube-s1": {"sensor": "sentinel-1-grd", "bands": ("VV", "VH"), "gsd_m": 10, "projector": "series"},
-}
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------
 
 
-def pretrained(name: str, sources: dict[str, Any], layers: tuple[str, ...], steps: int, **changes: Any) -> Run:
-    """A small AnySat, pre-trained on these datasets; ``changes`` are of the model, with those of the objective in ``objective``."""
-    from everysat.data.statistics import band_statistics
+def pretrained(name: str, *changes: str, recipe: str = "anysat_berlin") -> Run:
+    """A run of a shipped recipe with some of its entries changed."""
+    return train(Recipe.load(recipe, [f"name={name}", f"out={OUT / name}", *changes]))
 
-    modalities = {n: dict(MODALITIES[n]) for n in layers}
-    for dataset in sources.values():
-        known = [n for n in layers if n in dataset[0].layers]
-        for each, (mean, std) in band_statistics(dataset, known, places=300).items():
-            modalities[each] |= {"mean": mean, "std": std}
-    objective = {"patch_m": [60, 120], "depth": 2, "heads": 8, "centred": True, "targets": "batch", "momentum": 0.99}
-    objective |= changes.pop("objective", {})
-    model = {"dim": 128, "depth": 2, "heads": 8, "patch_m": 60, "grid": 6, "dropout": 0.0, "locality": 4.0}
-    recipe = Recipe.parse(
-        {
-            "name": name,
-            "model": {"name": "anysat/", "options": {**model, "modalities": modalities, **changes}},
-            "data": [{"name": "synthetic", "label": source} for source in sources],  # datasets are handed over
-            "objective": {"name": "jepa", "options": objective},
-            "augment": {"flip": True, "turn": True},
-            "steps": steps,
-            "batch_size": 16,
-            "lr": 1e-3,
-            "weight_decay": 0.05,
-            "betas": [0.9, 0.95],
-            "warmup_steps": 20,
-            "clip": 1.0,
-            "out": str(OUT / name),
-        }
-    )
-    return train(recipe, data=list(sources.values()))
+
+def only(encoder: anysat.AnySat, name: str) -> str:
+    """The change of a recipe that leaves this layer alone."""
+    kept = {name: {k: v for k, v in encoder.config["modalities"][name].items() if k not in ("mean", "std")}}
+    return f"model.options.modalities={json.dumps(kept)}"
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------------
@@ -165,6 +75,17 @@ def extractor(encoder: anysat.AnySat, **changes: Any) -> Dense:
     view = encoder.at(**{**DENSE, **changes})
     chip_m = view.settings.patch_m * 6
     return Dense(view, 10.0, view.settings.token_m, chip_m=chip_m, stride_m=chip_m)
+
+
+class Half:
+    """The second half of dense features: those of the sub-patch, without those of its patch."""
+
+    def __init__(self, features: Dense) -> None:
+        self.features = features
+
+    def at(self, batch: Batch, y: Tensor, x: Tensor) -> Tensor:
+        found = self.features.at(batch, y, x)
+        return found[:, found.shape[1] // 2 :]
 
 
 class Study:
@@ -211,6 +132,21 @@ def coarser(batch: Batch, factor: int) -> Batch:
     return Batch(batch.places, layers)
 
 
+def scales(study: Study, encoder: Any) -> None:
+    """Patches and pixels of sizes that training did not have (it had patches of 60 and 120 m), and fusion in windows."""
+    for patch_m in (60.0, 120.0, 180.0, 240.0):
+        study.part(f"patch {patch_m:g} m", lambda p=patch_m: study.scores(extractor(encoder, patch_m=p)))
+    for factor in (2, 3):
+        blurred = coarser(study.batch, factor)
+        options = {"patch_m": 60.0 * factor, "gsd_m": {"s2-10m": 10.0 * factor, "s2-20m": 20.0 * factor}}
+        study.part(
+            f"pixels {factor} times as large", lambda o=options, b=blurred: study.scores(extractor(encoder, **o), b)
+        )
+        bands = polygons.extractors(10.0)["bands"]
+        study.part(f"bands, pixels {factor} times as large", lambda e=bands, b=blurred: study.scores(e, b))
+    study.part("windows of 3 patches in place of 6", lambda: study.scores(extractor(encoder, window=3, halo=1)))
+
+
 def scratch(run: Run, study: Study, draws: int = 2) -> dict[str, list[float]]:
     """The same network without pre-training, supervised by the labelled polygons alone (demo.SCRATCH says for how long)."""
     start = replace(run, encoder=run.encoder.at(**DENSE))  # type: ignore[arg-type]
@@ -218,7 +154,7 @@ def scratch(run: Run, study: Study, draws: int = 2) -> dict[str, list[float]]:
     return {f"{f:.0%}": [round(e.score().mean, 4), round(e.score().std, 4)] for f, e in found.items()}
 
 
-def spain() -> tuple[Batch, Tensor]:
+def spain(inputs: Any) -> tuple[Batch, Tensor]:
     """A flood scene of Sentinel-2 L1C in Spain, 5 km, with its hand label (1 water, 0 land, -1 unknown) at 10 m."""
     import rasterio
 
@@ -228,19 +164,17 @@ def spain() -> tuple[Batch, Tensor]:
     with rasterio.open(next((folder / "Labels").glob("*.tif"))) as source:
         water = torch.from_numpy(source.read(1)[:side, :side].astype("int64"))
     order = get("sentinel-2-l1c").names
-    layers = {
-        name: layer(
-            "sentinel-2-l1c", tuple(m["bands"]), stack[:, [order.index(b) for b in m["bands"]]], float(m["gsd_m"])
-        )
-        for name, m in list(MODALITIES.items())[:3]
-    }
+    layers = {}
+    for name, wanted in inputs.items():
+        picked = stack[:, [order.index(band) for band in wanted.sensor.names]]
+        layers[name] = layer(wanted.sensor.names, picked, wanted.gsd_m)
     return Batch((Place(side * 10.0, side * 10.0),), layers), water
 
 
-def region(extract: Any, study: Study) -> dict[str, float]:
+def region(extract: Any, study: Study, inputs: Any) -> dict[str, float]:
     """Balanced accuracy of water on the east half of the Spanish scene: of a probe learned near Berlin, and of one learned on the
     west half. 200 pixels of each class are labelled, 5 draws."""
-    other, water = spain()
+    other, water = spain(inputs)
     here = extract(study.batch)[0]
     there = extract(other)[0]
     classes, label = study.labels.classes, study.labels.label
@@ -302,55 +236,48 @@ def facts(run: Run, layers: tuple[str, ...], study: Study, dense: str) -> dict[s
 
 def main() -> None:
     study, three = Study(), ("s2-10m", "s2-20m", "s2-60m")
-    scene = Crops([study.batch], 360.0, 60.0)
-    alone = pretrained("berlin", {"berlin": scene}, three, 300)
+    alone = pretrained("berlin")
+    encoder: Any = alone.encoder
     for name, extract in polygons.extractors(10.0).items():
         study.part(name, lambda extract=extract: study.scores(extract))
     torch.manual_seed(0)
-    fresh = anysat.from_config(alone.encoder.config).eval()
+    fresh = anysat.from_config(encoder.config).eval()
     study.part("untrained", lambda: study.scores(extractor(fresh)))
-    study.part("pre-trained on the scene", lambda: study.scores(extractor(alone.encoder)))  # type: ignore[arg-type]
-    joint = None
+    study.part("pre-trained on the scene", lambda: study.scores(extractor(encoder)))
+    for name, e in {"untrained": fresh, "pre-trained on the scene": encoder}.items():
+        study.part(f"{name}, sub-patch half alone", lambda e=e: study.scores(Half(extractor(e))))
+    best = encoder
     if (DATA / "satclip_s2").is_dir():
-        world, belgium = Crops(worldwide(), 360.0, 240.0), Crops([cube()], 240.0, 60.0)
-        sources = {"berlin": scene, "world": world, "belgium": belgium}
-        joint = pretrained("joint", sources, tuple(MODALITIES), 600)
-        study.part("pre-trained jointly on three sources", lambda: study.scores(extractor(joint.encoder)))  # type: ignore[arg-type,union-attr]
-    best = joint or alone
+        roots = [f"data.1.options.root={DATA / 'satclip_s2'}", f"data.2.options.root={DATA / 'worldcereal'}"]
+        best = pretrained("joint", *roots, "steps=400", recipe="anysat_joint").encoder
+        study.part("pre-trained jointly on three sources", lambda: study.scores(extractor(best)))
     study.part("from scratch (2 draws)", lambda: scratch(alone, study))
-    for patch_m in (60.0, 120.0, 180.0, 240.0):
-        study.part(f"patch {patch_m:g} m", lambda p=patch_m: study.scores(extractor(best.encoder, patch_m=p)))  # type: ignore[arg-type]
-    for factor in (2, 3):
-        sizes = {"s2-10m": 10.0 * factor, "s2-20m": 20.0 * factor}
-        blurred = coarser(study.batch, factor)
-        options = {"patch_m": 60.0 * factor, "gsd_m": sizes}
-        study.part(
-            f"pixels {factor} times as large",
-            lambda o=options, b=blurred: study.scores(extractor(best.encoder, **o), b),
-        )  # type: ignore[arg-type]
-        study.part(
-            f"bands, pixels {factor} times as large",
-            lambda b=blurred: study.scores(polygons.extractors(10.0)["bands"], b),
-        )
-    study.part("windows of 3 patches in place of 6", lambda: study.scores(extractor(best.encoder, window=3, halo=1)))  # type: ignore[arg-type]
-    if joint is not None:
-        for name, extract in {
-            "pre-trained": extractor(best.encoder),
+    scales(study, best)
+    if (DATA / "chips").is_dir():
+        inputs = {name: encoder.inputs[name] for name in three}
+        rivals = {
+            "pre-trained": extractor(best),
             "untrained": extractor(fresh),
             "bands": polygons.extractors(10.0)["bands"],
-        }.items():  # type: ignore[arg-type]
-            study.part(f"water in Spain, {name}", lambda e=extract: region(e, study))
+        }
+        for name, extract in rivals.items():
+            study.part(f"water in Spain, {name}", lambda e=extract: region(e, study, inputs))
     for name, changes in {
-        "positions in cells, not metres": {"metric": False},
-        "mean of sub-patches, no spatial encoder": {"spatial": False},
-        "tokens averaged, no fusion": {"fusion": False},
-        "no contrastive term": {"objective": {"contrastive": 0.0}},
-        "losses as published": {"objective": {"centred": False, "targets": "patch"}, "locality": 0.0},
+        "positions in cells, not metres": ["model.options.metric=false"],
+        "mean of sub-patches, no spatial encoder": ["model.options.spatial=false"],
+        "tokens averaged, no fusion": ["model.options.fusion=false"],
+        "no contrastive term": ["objective.options.contrastive=0"],
+        "losses and fusion as published": [
+            "objective.options.centred=false",
+            "objective.options.targets=patch",
+            "objective.options.fused=false",
+            "model.options.locality=0",
+        ],
     }.items():
-        run = pretrained(name.split(",")[0].replace(" ", "_"), {"berlin": scene}, three, 300, **changes)
+        run = pretrained(name.split(",")[0].replace(" ", "_"), *changes)
         study.part(f"ablation: {name}", lambda r=run: study.scores(extractor(r.encoder)))
     for each in three[:2]:
-        run = pretrained(f"only_{each}", {"berlin": scene}, (each,), 300)
+        run = pretrained(f"only_{each}", only(encoder, each))
         study.part(f"specialist: {each}", lambda r=run, e=each: facts(r, (e,), study, e))
         study.part(f"one model, given {each}", lambda e=each: facts(alone, (e,), study, e))
     study.part("one model, given all", lambda: facts(alone, three, study, "s2-10m"))
