@@ -120,8 +120,7 @@ def build(
     base = published.folder(root, "HLS Burn Scars", (FOLDERS[split],), SOURCE)
     scenes = tuple(sorted(f.name for f in (base / FOLDERS[split]).glob(f"*{MERGED}")))
     if split != "test":
-        held_out = _val_tiles(scenes, seed)
-        scenes = tuple(name for name in scenes if (_tile(name) in held_out) == (split == "val"))
+        scenes = tuple(name for name in scenes if _in_val(_tile(name), seed) == (split == "val"))
     if not scenes:
         raise published.absent(base, f"{FOLDERS[split]}/*{MERGED}", "HLS Burn Scars", SOURCE)
     return BurnScars(base, split, scenes)
@@ -132,22 +131,21 @@ def _tile(name: str) -> str:
     return match[1] if match else name
 
 
-def _val_tiles(scenes: Sequence[str], seed: int) -> set[str]:
-    """Tiles drawn until they hold a tenth of the scenes."""
-    counts: dict[str, int] = {}
-    for name in scenes:
-        counts[_tile(name)] = counts.get(_tile(name), 0) + 1
-    order = [sorted(counts)[i] for i in stream(seed, "burnscars").permutation(len(counts))]
-    before = np.cumsum([0, *(counts[tile] for tile in order)])[: len(order)]
-    return {tile for tile, sofar in zip(order, before, strict=True) if sofar < VAL_SHARE * len(scenes)}
+def _in_val(tile: str, seed: int) -> bool:
+    """Whether a tile is in ``val``. Each draws for itself, so that a file that is missing moves no other."""
+    return bool(stream(seed, "burnscars", tile).random() < VAL_SHARE)
 
 
 def fake(folder: Path, *, places: int = 4, seed: int = 0) -> None:
     """A synthetic set in the layout above (noise, no measurement), ``places`` scenes of 512 x 512 pixels in each folder, two at least."""
     rng = np.random.default_rng(seed)
+    tiles = [f"T{zone}S{letter}H" for zone in range(10, 20) for letter in "ABCDEFGHJKLMNPQRSTUV"]
+    held_out = [tile for tile in tiles if _in_val(tile, 23)]
+    others = [tile for tile in tiles if tile not in held_out]
     for number, name in enumerate(("training", "validation")):
         for i in range(max(places, 2)):
-            scene = f"subsetted_512x512_HLS.S30.T1{number}S{chr(65 + i % 20)}H.20{18 + i % 4}{190 + i}.v1.4"
+            tile = held_out[i // 2] if number == 0 and i % 2 == 0 else others[number * places + i]
+            scene = f"subsetted_512x512_HLS.S30.{tile}.20{18 + i % 4}{190 + i}.v1.4"
             values = rng.uniform(0.01, 0.5, (6, 512, 512)).astype(np.float32)
             values[:, :5] = NO_DATA[0]
             codes = rng.integers(NO_LABEL, 2, (1, 512, 512)).astype(np.int16)

@@ -35,7 +35,8 @@ def npz(path: str | Path) -> dict[str, np.ndarray]:
         FileNotFoundError: there is no such file. OSError: it is truncated, or holds pickled objects.
     """
     try:
-        with np.load(present(path), allow_pickle=False) as file:
+        # Opened here, so that a truncated file does not stay open.
+        with present(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("one array, no archive of arrays")
             return {name: file[name] for name in file.files}
