@@ -262,6 +262,11 @@ def main() -> None:
         }
         for name, extract in rivals.items():
             study.part(f"water in Spain, {name}", lambda e=extract: region(e, study, inputs))
+    for each in three[:2]:
+        run = pretrained(f"only_{each}", only(encoder, each))
+        study.part(f"specialist: {each}", lambda r=run, e=each: facts(r, (e,), study, e))
+        study.part(f"one model, given {each}", lambda e=each: facts(alone, (e,), study, e))
+    study.part("one model, given all", lambda: facts(alone, three, study, "s2-10m"))
     for name, changes in {
         "positions in cells, not metres": ["model.options.metric=false"],
         "mean of sub-patches, no spatial encoder": ["model.options.spatial=false"],
@@ -276,11 +281,6 @@ def main() -> None:
     }.items():
         run = pretrained(name.split(",")[0].replace(" ", "_"), *changes)
         study.part(f"ablation: {name}", lambda r=run: study.scores(extractor(r.encoder)))
-    for each in three[:2]:
-        run = pretrained(f"only_{each}", only(encoder, each))
-        study.part(f"specialist: {each}", lambda r=run, e=each: facts(r, (e,), study, e))
-        study.part(f"one model, given {each}", lambda e=each: facts(alone, (e,), study, e))
-    study.part("one model, given all", lambda: facts(alone, three, study, "s2-10m"))
     RESULT.write_text(json.dumps({"what": __doc__.split("\n")[0], "parts": study.parts}, indent=1) + "\n")
 
 
