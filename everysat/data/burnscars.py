@@ -119,11 +119,21 @@ def build(
     published.layers_of(modalities, LAYERS[:1], LAYERS[:1])
     base = published.folder(root, "HLS Burn Scars", (FOLDERS[split],), SOURCE)
     scenes = tuple(sorted(f.name for f in (base / FOLDERS[split]).glob(f"*{MERGED}")))
+    _refuse_lone_masks(base / FOLDERS[split], scenes)
     if split != "test":
         scenes = tuple(name for name in scenes if _in_val(_tile(name), seed) == (split == "val"))
     if not scenes:
         raise published.absent(base, f"{FOLDERS[split]}/*{MERGED}", "HLS Burn Scars", SOURCE)
     return BurnScars(base, split, scenes)
+
+
+def _refuse_lone_masks(folder: Path, scenes: Sequence[str]) -> None:
+    """The folder is the only list of scenes there is; a mask without one tells that it is incomplete."""
+    stems = {name.removesuffix(MERGED) for name in scenes}
+    for mask in sorted(folder.glob("*mask.tif")):
+        stem = re.sub(r"[._]mask\.tif$", "", mask.name)
+        if stem not in stems:
+            raise FileNotFoundError(f"{folder / (stem + MERGED)} is missing, its mask is there. Fetch this file again")
 
 
 def _tile(name: str) -> str:
@@ -146,9 +156,10 @@ def fake(folder: Path, *, places: int = 4, seed: int = 0) -> None:
         for i in range(max(places, 2)):
             tile = held_out[i // 2] if number == 0 and i % 2 == 0 else others[number * places + i]
             scene = f"subsetted_512x512_HLS.S30.{tile}.20{18 + i % 4}{190 + i}.v1.4"
-            values = rng.uniform(0.01, 0.5, (6, 512, 512)).astype(np.float32)
+            block = (1, 16, 16)  # repeated: noise of this size would take seconds
+            values = np.tile(rng.uniform(0.01, 0.5, (6, 32, 32)).astype(np.float32), block)
             values[:, :5] = NO_DATA[0]
-            codes = rng.integers(NO_LABEL, 2, (1, 512, 512)).astype(np.int16)
+            codes = np.tile(rng.integers(NO_LABEL, 2, (1, 32, 32)).astype(np.int16), block)
             corner = (600000.0 + 1000 * i, 4200000.0)
             for ending, content in ((MERGED, values), (".mask.tif", codes)):
                 path = folder / name / f"{scene}{ending}"

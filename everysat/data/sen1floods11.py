@@ -155,10 +155,8 @@ def build(
 
 
 def _days(base: Path) -> dict[str, tuple[dates.Span, dates.Span]]:
-    """Dates of Sentinel-1 and 2 by flood, from the metadata, if they are there."""
+    """Dates of Sentinel-1 and 2 by flood, from the metadata."""
     path = base / "Sen1Floods11_Metadata.geojson"
-    if not path.is_file():
-        return {}
     found: dict[str, tuple[dates.Span, dates.Span]] = {}
     for feature in arrays.parsed(path).get("features", ()):
         known = feature.get("properties", {})
@@ -197,9 +195,10 @@ def fake(folder: Path, *, places: int = 4, seed: int = 0) -> None:
 
 def _fake_chip(hand: Path, chip: str, rng: np.random.Generator) -> None:
     transform = Affine(8.983152841195215e-05, 0, -0.78 + rng.random(), 0, -8.983152841195215e-05, 38.1)
-    radar = (rng.normal(size=(2, 512, 512)) - np.array([11.0, 19.0]).reshape(2, 1, 1)).astype(np.float32)
+    block = (1, 16, 16)  # repeated: noise of this size would take seconds
+    radar = (rng.normal(size=(2, 32, 32)) - np.array([11.0, 19.0]).reshape(2, 1, 1)).astype(np.float32)
     radar[:, :4] = np.nan
-    optical = rng.integers(100, 4000, (13, 512, 512)).astype(np.int16)
-    label = rng.integers(-1, 2, (1, 512, 512)).astype(np.int16)
+    radar, optical = np.tile(radar, block), np.tile(rng.integers(100, 4000, (13, 32, 32)).astype(np.int16), block)
+    label = np.tile(rng.integers(-1, 2, (1, 32, 32)).astype(np.int16), block)
     for name, values in (("S1Hand", radar), ("S2Hand", optical), ("LabelHand", label)):
         archives.write_grid(hand / name / f"{chip}_{name}.tif", values, "EPSG:4326", transform)

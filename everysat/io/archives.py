@@ -1,4 +1,4 @@
-"""Archives and tables as the files of datasets hold them - NPZ, CSV, PyTorch -, with errors that name the file.
+"""Archives and tables as the files of datasets hold them - NPZ, CSV, PyTorch, rows of HDF5 -, with errors that name the file.
 
 Nothing is unpickled but tensors, numbers, strings and dates.
 """
@@ -87,6 +87,28 @@ def tensors(path: str | Path, names: Iterable[str]) -> dict[str, Any]:
         if name not in content:
             raise KeyError(f"{path} has no entry {name!r}; it has {', '.join(map(str, content))}")
     return content
+
+
+def hdf5_row(path: str | Path, names: Iterable[str], index: int) -> dict[str, np.ndarray]:
+    """Entry ``index`` of the first axis of the named datasets of an HDF5 file; the rest of the file is not read.
+
+    Raises:
+        FileNotFoundError: there is no such file. OSError: it is truncated, or too short. KeyError: it lacks one of ``names``.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs h5py: pip install 'everysat[data]'") from error
+    try:
+        with h5py.File(present(path), "r") as file:
+            for name in names:
+                if name not in file:
+                    raise KeyError(f"{path} has no dataset {name!r}; it has {', '.join(file)}")
+            return {name: file[name][index] for name in names}
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise unreadable(str(path), error) from error
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
