@@ -57,7 +57,8 @@ def series(
             raise ValueError(f"{path}: the mask is {tuple(seen.shape)}, expected {tuple(raster.valid.shape)}")
         raster = replace(raster, valid=raster.valid & seen)
     _plausible(raster, numbers, stored, path)
-    return raster.obs(torch.argsort(raster.time_s[:, 0], stable=True))
+    starts = raster.time_s[:, 0]
+    return raster if (starts[1:] >= starts[:-1]).all() else raster.obs(torch.argsort(starts, stable=True))
 
 
 def _plain(sensor: Sensor) -> Sensor:
@@ -65,24 +66,24 @@ def _plain(sensor: Sensor) -> Sensor:
 
 
 def _plausible(raster: Raster, numbers: np.ndarray, stored: str, path: str | Path) -> None:
-    valid = raster.valid
-    if not valid.any():
-        return
+    values, valid = raster.values, raster.valid
     limits = torch.tensor([b.range or (-np.inf, np.inf) for b in raster.sensor.bands])
     low, high = (limits[:, i].view(1, -1, 1, 1) for i in (0, 1))
-    outside = ((raster.values < low) | (raster.values > high))[valid].float().mean()
-    other = STORED[stored == "numbers"]
-    if outside > 0.5:
-        median = float(raster.values[valid].median())
+    count = int(valid.sum())
+    outside = int((((values < low) | (values > high)) & valid).sum())
+    if outside > 0.5 * count:
+        other, holds = (
+            ("physical", "values in the unit of the bands") if stored == "numbers" else ("numbers", "digital numbers")
+        )
         raise ValueError(
-            f"{path}: {outside:.0%} of the values of {raster.sensor.name} are outside of the plausible range (their median is "
-            f"{median:.4g}), read as stored={stored!r}. If the files hold {'values in the unit of the bands' if other == 'physical' else 'digital numbers'}, pass stored={other!r}"
+            f"{path}: {outside / count:.0%} of the values of {raster.sensor.name} are outside of the plausible range (their median is "
+            f"{float(values[valid].median()):.4g}), read as stored={stored!r}. If the files hold {holds}, stored={other!r} is right"
         )
     scaled = stored == "numbers" and all(b.unit == "reflectance" and b.scale < 1 for b in raster.sensor.bands)
-    if scaled and (largest := float(np.abs(numbers)[valid.numpy()].max())) <= 2:
+    if scaled and count and (largest := float(numbers.max(where=valid.numpy(), initial=0))) <= 2:
         raise ValueError(
             f"{path}: the largest value of {raster.sensor.name} is {largest:.4g}, so the file holds reflectance, no digital "
-            "numbers. Pass stored='physical'"
+            "numbers. Where the reader takes it, stored='physical' is right"
         )
 
 
