@@ -481,13 +481,15 @@ class Encoder(nn.Module, ABC):
     """From layers to features. ``inputs`` is the band contract by layer name, ``dim`` the width of the features.
 
     ``config`` is a JSON-able dict from which ``from_config(config)`` of the model's module, named by ``family``, rebuilds the
-    encoder without its weights.
+    encoder without its weights. ``any_sensor`` is true of encoders that also take bands which the contract does not list, by
+    their physics.
     """
 
     family: str
     inputs: dict[str, Input]
     dim: int
     config: dict[str, Any]
+    any_sensor: bool = False
 
     @abstractmethod
     def tokenize(self, batch: Batch) -> Tokens:
@@ -496,6 +498,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, tokens: Tokens) -> Features:
         """Features from tokens, of all places of ``tokens.places``, also of those that have no token."""
+
+    def known(self, batch: Batch) -> Batch:
+        """The layers of a batch that the encoder reads."""
+        return batch.only(*self.inputs)
 
     def at(self, **changes: Any) -> Encoder:
         """The same encoder, sharing its weights, with settings changed that it lets one choose at a call, such as ``patch_m``."""
@@ -509,7 +515,7 @@ class Encoder(nn.Module, ABC):
         if changes:
             return self.at(**changes).embed(batch)
         if isinstance(batch, Raster):
-            batch = Batch((_extent(batch),), {self.layer_for(batch): batch})
+            batch = Batch((extent(batch),), {self.layer_for(batch): batch})
         was_training = self.training
         self.eval()
         try:
@@ -536,7 +542,8 @@ class Encoder(nn.Module, ABC):
         )
 
 
-def _extent(raster: Raster) -> Place:
+def extent(raster: Raster) -> Place:
+    """The place that a raster without georeference covers."""
     return Place(raster.values.shape[2] * raster.gsd_m, raster.values.shape[3] * raster.gsd_m)
 
 

@@ -57,7 +57,7 @@ def dense_features(
     plan = _plan(token_m, shifts, chip_m, stride_m)
     height, width = grid_shape(batch.places, gsd_m)
     if isinstance(encoder, Encoder):
-        batch = batch.only(*encoder.inputs)
+        batch = encoder.known(batch)
     embed: Embed = encoder.embed if isinstance(encoder, Encoder) else encoder
     lattices = (_lattice(embed, batch[index], plan, batch_size) for index in range(len(batch)))
     return torch.stack([_sample(lattice, plan, gsd_m, height, width, how) for lattice in lattices])
@@ -80,7 +80,7 @@ def dense_at(
     :func:`dense_features` gives at rows ``y`` and columns ``x`` [n], without holding all others."""
     plan = _plan(token_m, shifts, chip_m, stride_m)
     embed: Embed = encoder.embed if isinstance(encoder, Encoder) else encoder
-    known = batch.only(*encoder.inputs) if isinstance(encoder, Encoder) else batch
+    known = encoder.known(batch) if isinstance(encoder, Encoder) else batch
     lattice = _lattice(embed, known[0], plan, batch_size)
     total = lattice.new_zeros(len(y), lattice.shape[0])
     share = lattice.new_zeros(len(y), 1)

@@ -83,12 +83,12 @@ class Dense:
         options = {
             name: getattr(self, name) for name in ("token_m", "shifts", "how", "chip_m", "stride_m", "batch_size")
         }
-        return dense_features(self.embed or self.encoder, batch.only(*self.encoder.inputs), self.gsd_m, **options)
+        return dense_features(self.embed or self.encoder, self.encoder.known(batch), self.gsd_m, **options)
 
     def at(self, batch: Batch, y: Tensor, x: Tensor) -> Tensor:
         """Features of single pixels [n, dim], without holding the image; ``how`` must be bilinear."""
         options = {name: getattr(self, name) for name in ("token_m", "shifts", "chip_m", "stride_m", "batch_size")}
-        known = batch.only(*self.encoder.inputs)
+        known = self.encoder.known(batch)
         return dense_at(self.embed or self.encoder, known, self.gsd_m, y, x, **options)
 
 

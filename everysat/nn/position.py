@@ -22,14 +22,19 @@ def sinusoid(position: Tensor, dim: int, period: float) -> Tensor:
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
 
+def sine_cosine(position: Tensor, dim: int) -> Tensor:
+    """Code [..., dim] of numbers [...], in any unit: sines, then cosines, of wavelengths from 2 pi up to 2 pi 10000."""
+    frequency = 10000.0 ** -(torch.arange(dim // 2, device=position.device, dtype=torch.float64) / (dim // 2))
+    angle = position.double()[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1).float()
+
+
 def grid_sinusoid(at: Tensor, dim: int) -> Tensor:
-    """Sine and cosine code [..., dim] of places ``at`` [..., 2] (row, column), in any unit: half of the numbers for the column,
-    half for the row, each sines then cosines of wavelengths up to 2 pi 10000 (as in MAE and, in metres, AnySat)."""
+    """Sine and cosine code [..., dim] of places ``at`` [..., 2] (row, column), in any unit: :func:`sine_cosine` of the column in one
+    half of the numbers, of the row in the other (as in MAE and, in metres, AnySat)."""
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4 to hold sines and cosines of two coordinates")
-    frequency = 10000.0 ** -(torch.arange(dim // 4, device=at.device, dtype=torch.float64) / (dim // 4))
-    angle = at.double().flip(-1)[..., None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2).float()
+    return sine_cosine(at.flip(-1), dim // 2).flatten(-2)
 
 
 def day_number(time_s: Tensor, origin: float | None) -> Tensor:

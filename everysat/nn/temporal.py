@@ -25,6 +25,7 @@ class Ltae(nn.Module):
         period: longest wavelength of the date code, days.
         normalise: group-normalise each series over its dates before attention (OmniSat: optical series only).
         norm: of the layers: ``batch``, over observations (OmniSat), or ``group``, four groups of channels of each (AnySat).
+        normalise_out: group-normalise the result (not in RAMEN).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Ltae(nn.Module):
         dropout: float = 0.2,
         attention_dropout: float = 0.1,
         norm: Literal["batch", "group"] = "batch",
+        normalise_out: bool = True,
     ) -> None:
         super().__init__()
         dim = widths[-1]
@@ -51,7 +53,8 @@ class Ltae(nn.Module):
         self.key = nn.Linear(dim, heads * key_dim, bias=False)  # a bias would cancel in the softmax over dates
         nn.init.normal_(self.key.weight, std=math.sqrt(2 / key_dim))
         self.out = _mlp(dim, out_widths, norm, None)
-        self.out_dropout, self.out_norm = nn.Dropout(dropout), nn.GroupNorm(heads, out_widths[-1])
+        self.out_dropout = nn.Dropout(dropout)
+        self.out_norm = nn.GroupNorm(heads, out_widths[-1]) if normalise_out else nn.Identity()
 
     def forward(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Vectors [count, dim] of ``count`` series, and the mean attention over heads that each observation got.
@@ -59,7 +62,10 @@ class Ltae(nn.Module):
         ``x`` [n, inputs] are the observations of all series in any order, ``series`` int64 [n] says whose, ``day`` [n] when.
         A series without observation gives a vector without meaning: leave it out.
         """
-        x = self.observation(x)
+        return self.pooled(self.observation(x), series, day, count)
+
+    def pooled(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, of observations ``x`` [n, widths[-1]] that went through the layers for single ones."""
         if x.shape[0] == 0:
             if world()[1] > 1:  # statistics over processes need all of them, here and in the backward pass
                 return self.out_norm(self.out(x.new_zeros(count, x.shape[1]) + x.sum(0))), x.new_zeros(0)
