@@ -18,6 +18,7 @@ import pytest
 import torch
 from golden_anysat import CHECKS as ANYSAT
 from golden_fixture import Fixture, close
+from golden_ramen import CHECKS as RAMEN
 from torch import Tensor
 
 from everysat import sensors
@@ -237,4 +238,5 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "omnisat.pretrain": check_omnisat_pretrain,
     "omnisat.heads_losses": check_omnisat_heads_losses,
     **ANYSAT,
+    **RAMEN,
 }

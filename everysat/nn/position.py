@@ -22,10 +22,11 @@ def sinusoid(position: Tensor, dim: int, period: float) -> Tensor:
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def sine_cosine(position: Tensor, dim: int) -> Tensor:
-    """Code [..., dim] of numbers [...], in any unit: sines, then cosines, of wavelengths from 2 pi up to 2 pi 10000."""
-    frequency = 10000.0 ** -(torch.arange(dim // 2, device=position.device, dtype=torch.float64) / (dim // 2))
-    angle = position.double()[..., None] * frequency
+def sine_cosine(position: Tensor, dim: int, precision: torch.dtype = torch.float64) -> Tensor:
+    """Code [..., dim] of numbers [...], in any unit: sines, then cosines, of wavelengths from 2 pi up to 2 pi 10000. ``precision`` of the
+    angles matters to published weights whose numbers are large."""
+    frequency = 1.0 / 10000.0 ** (torch.arange(dim // 2, device=position.device, dtype=precision) / (dim / 2))
+    angle = position.to(precision)[..., None] * frequency
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 

@@ -17,11 +17,12 @@ def axis_weights(before: int, after: int, ratio: float, antialias: bool = False,
 
     Linear between the two nearest pixel centres, whatever lies between cells; with ``antialias``, a triangle as wide as
     two cells, so that every pixel counts. Beyond the last pixel its value holds. ``stretched``: as PyTorch and the published
-    RAMEN do it, by that ratio to a whole number of cells, and these stretched to ``after``, which moves what does not fit.
+    RAMEN do it, by that ratio to a whole number of cells, and these stretched to ``after``, which moves what does not fit; as many
+    cells as pixels are a copy.
     """
     if stretched:
         cells = math.floor(before * ratio + 1e-9)
-        first = _linear(before, cells, 1.0 / ratio)
+        first = torch.eye(before) if cells == before else _linear(before, cells, 1.0 / ratio)
         return first if cells == after else _linear(cells, after, cells / after) @ first
     if not antialias or ratio >= 1.0:
         return _linear(before, after, 1.0 / ratio)

@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everysat.nn.position import sine_cosine
@@ -192,8 +191,8 @@ class BandVectors(nn.Module):
 
     def _code(self, found: Physics) -> Tensor:
         if found.kind == "optical":
-            device = self.spectral.mlp[0].weight.device
-            return sine_cosine(torch.tensor(found.wavelength_nm, device=device), self.dim)
+            device = self.radar.codes.device  # type: ignore[union-attr]
+            return sine_cosine(torch.tensor(found.wavelength_nm, device=device), self.dim, torch.float32)
         if found.kind == "terrain":
             return self.terrain.code(found.code)
         orbits = [found.orbit] if found.orbit in ORBITS else ORBITS
@@ -208,12 +207,12 @@ class ScaleExperts(nn.Module):
         super().__init__()
         self.dim = dim
         self.experts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(experts))
-        self.mlp = nn.Sequential(nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, experts))
+        self.mlp = nn.Sequential(nn.Linear(dim, dim // 4), nn.GELU(), nn.Linear(dim // 4, experts))
         self.temperature = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, ratio: float) -> tuple[Tensor, Tensor]:
         """Matrix [dim, dim], to be multiplied from the right, and bias [dim], for that ratio of pixel sizes before and after."""
-        code = sine_cosine(torch.tensor(math.log(ratio), device=self.temperature.device), self.dim)
+        code = sine_cosine(torch.tensor(math.log(ratio), device=self.temperature.device), self.dim, torch.float32)
         weight = (self.mlp(code) / self.temperature.clamp(min=1e-3)).softmax(-1)
         matrix = torch.stack([e.weight for e in self.experts])  # type: ignore[misc]
         bias = torch.stack([e.bias for e in self.experts])  # type: ignore[misc]

@@ -23,9 +23,9 @@ from everysat.nn.draws import generator as generator_for
 from everysat.nn.draws import uniform
 from everysat.nn.gather import gather_rows, global_mean, row_offset
 from everysat.nn.position import grid_sinusoid
-from everysat.nn.ragged import ordinal, side_by_side
+from everysat.nn.ragged import side_by_side
 from everysat.objectives.contrastive import Negatives, mil_nce
-from everysat.objectives.masks import BlockMasks
+from everysat.objectives.masks import BlockMasks, drawn_size, fewer_dates
 from everysat.types import Batch, Encoder, Features, Objective, Tokens
 
 Quirk = Literal["shifted_tokens", "shifted_codes", "shifted_queries", "across_heads"]
@@ -122,7 +122,7 @@ class Jepa(Objective):
         settings: Any = encoder.settings
         if settings.output != "patch":
             raise ValueError(f"output={settings.output!r} of the encoder must be 'patch' in pre-training")
-        self.patch_m = {k: list(v) for k, v in patch_m.items()} if isinstance(patch_m, Mapping) else list(patch_m)
+        self.patch_m = patch_m
         spans: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (masks or {}).items()}
         self.masks = BlockMasks(**spans)
         self.date_ratio, self.modality_ratio, self.quirks = date_ratio, modality_ratio, tuple(quirks)
@@ -133,41 +133,16 @@ class Jepa(Objective):
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        sizes = self._sizes(batch, encoder)
-        patch_m = float(sizes[int(torch.randint(len(sizes), (1,), generator=generator))])
+        patch_m = drawn_size(self.patch_m or [encoder.config["patch_m"]], batch.source, "patch_m", generator)
         view, teacher = encoder.at(patch_m=patch_m), self.teacher.at(patch_m=patch_m)
         with torch.no_grad():
             goal = teacher(teacher.tokenize(batch))
         first = row_offset(len(batch), goal.mean.device)
-        tokens = view.tokenize(self._fewer_dates(batch, generator, first))
+        # In the order of the model's inputs, which all processes share, whatever the order in their part of the batch.
+        dated = [name for name, wanted in self.teacher.inputs.items() if wanted.dated]
+        tokens = view.tokenize(fewer_dates(batch, dated, self.date_ratio, generator, first))
         draws = self._draws(tokens, patch_m, generator, first)
         return {**self.terms(view, tokens, goal, draws), "patch_m": goal.mean.new_tensor(patch_m)}
-
-    def _sizes(self, batch: Batch, encoder: Encoder) -> Sequence[float]:
-        if not isinstance(self.patch_m, dict):
-            return self.patch_m or [encoder.config["patch_m"]]
-        if batch.source not in self.patch_m:
-            raise LookupError(
-                f"patch_m lists {', '.join(self.patch_m)}, but a batch comes from {batch.source!r}: give its patch sizes too"
-            )
-        return self.patch_m[batch.source]
-
-    def _fewer_dates(self, batch: Batch, generator: torch.Generator, first: int) -> Batch:
-        """A random part of the dates of each series of each place, at least one."""
-        layers = dict(batch.layers)
-        # In the order of the model's inputs, which all processes share, whatever the order in their part of the batch.
-        dated = [name for name, wanted in self.teacher.inputs.items() if wanted.dated and name in layers]
-        for name in dated:
-            layer = batch.raster(name)
-            row = layer.row.cpu()
-            count = torch.bincount(row, minlength=len(batch))
-            luck = uniform(generator, row + first, ordinal(row, len(batch))).double()
-            order = torch.argsort(luck + row)
-            rank = torch.empty_like(order)
-            rank[order] = ordinal(row[order], len(batch))
-            keep = rank < (count[row] * (1.0 - self.date_ratio)).long().clamp(min=1)
-            layers[name] = layer.obs(torch.nonzero(keep).flatten().to(layer.row.device))
-        return replace(batch, layers=layers)
 
     def _draws(self, tokens: Tokens, patch_m: float, generator: torch.Generator, first: int) -> Draws:
         (height, width), places = tokens.memo["grid"], tokens.places

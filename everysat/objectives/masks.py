@@ -1,12 +1,17 @@
-"""Which patches of a place are shown and which are to be predicted: blocks on the patch grid, as in I-JEPA (Assran et al. 2023)."""
+"""What a training step is shown: blocks of patches, as in I-JEPA (Assran et al. 2023), some of the dates, a size of patches."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from everysat.nn.draws import uniform
+from everysat.nn.ragged import ordinal
+from everysat.types import Batch
 
 Span = tuple[float, float]
 TRIES = 20
@@ -80,3 +85,33 @@ def _context(g: torch.Generator, size: tuple[int, int], grid: tuple[int, int], h
             if mask.any():
                 return mask
     raise AssertionError("a block is never empty")
+
+
+def drawn_size(
+    sizes: Sequence[float] | Mapping[str, Sequence[float]], source: str, name: str, generator: torch.Generator
+) -> float:
+    """One of ``sizes``, or of those listed for the ``source`` of a batch; ``name`` is that of the option, for the error."""
+    if isinstance(sizes, Mapping):
+        if source not in sizes:
+            raise LookupError(f"{name} lists {', '.join(sizes)}, but a batch comes from {source!r}: give its sizes too")
+        sizes = sizes[source]
+    return float(sizes[int(torch.randint(len(sizes), (1,), generator=generator))])
+
+
+def fewer_dates(batch: Batch, names: Iterable[str], ratio: float, generator: torch.Generator, first: int) -> Batch:
+    """Without a random part ``ratio`` of the dates of each place in the layers ``names``, of which at least one stays. ``first``:
+    number of the first place in the global batch."""
+    layers = dict(batch.layers)
+    for name in names:
+        if name not in layers:
+            continue
+        layer = batch.raster(name)
+        row = layer.row.cpu()
+        count = torch.bincount(row, minlength=len(batch))
+        luck = uniform(generator, row + first, ordinal(row, len(batch))).double()
+        order = torch.argsort(luck + row)
+        rank = torch.empty_like(order)
+        rank[order] = ordinal(row[order], len(batch))
+        keep = rank < (count[row] * (1.0 - ratio)).long().clamp(min=1)
+        layers[name] = layer.obs(torch.nonzero(keep).flatten().to(layer.row.device))
+    return replace(batch, layers=layers)

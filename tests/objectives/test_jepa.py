@@ -10,9 +10,12 @@ import torch
 from everysat.data import synthetic
 from everysat.models import anysat
 from everysat.objectives import jepa
+from everysat.objectives.masks import fewer_dates
 from everysat.recipe import Recipe
 from everysat.train import train
 from everysat.types import Batch, Place
+
+SERIES = ("optical", "radar")
 
 
 def modalities() -> dict[str, dict]:
@@ -86,8 +89,8 @@ def test_the_student_learns_and_the_teacher_follows(encoder) -> None:
 def test_a_place_draws_the_same_whatever_batch_it_is_in(encoder) -> None:
     task, both = objective(encoder), places(0, 1)
     second = both[1]
-    together = task._fewer_dates(both, torch.Generator().manual_seed(3), 0)
-    alone = task._fewer_dates(second, torch.Generator().manual_seed(3), 1)
+    together = fewer_dates(both, SERIES, 0.5, torch.Generator().manual_seed(3), 0)
+    alone = fewer_dates(second, SERIES, 0.5, torch.Generator().manual_seed(3), 1)
     for name in ("optical", "radar"):
         layer = together.raster(name)
         assert torch.equal(layer.time_s[layer.row == 1], alone.raster(name).time_s)
@@ -99,9 +102,9 @@ def test_a_place_draws_the_same_whatever_batch_it_is_in(encoder) -> None:
     assert torch.equal(draws[0].noise[1], draws[1].noise[0])
 
 
-def test_half_of_the_dates_stay_and_at_least_one(encoder) -> None:
-    task, batch = objective(encoder), places(*range(6))
-    fewer = task._fewer_dates(batch, torch.Generator().manual_seed(0), 0)
+def test_half_of_the_dates_stay_and_at_least_one() -> None:
+    batch = places(*range(6))
+    fewer = fewer_dates(batch, SERIES, 0.5, torch.Generator().manual_seed(0), 0)
     for name in ("optical", "radar"):
         before, after = (torch.bincount(b.raster(name).row, minlength=6) for b in (batch, fewer))
         assert torch.equal(after, (before // 2).clamp(min=1))
