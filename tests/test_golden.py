@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from golden_anysat import CHECKS as ANYSAT
+from golden_atomizer import CHECKS as ATOMIZER
 from golden_fixture import Fixture, close
 from golden_ramen import CHECKS as RAMEN
 from torch import Tensor
@@ -238,5 +239,6 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "omnisat.pretrain": check_omnisat_pretrain,
     "omnisat.heads_losses": check_omnisat_heads_losses,
     **ANYSAT,
+    **ATOMIZER,
     **RAMEN,
 }
