@@ -11,16 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
-import resource
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import measuring
+
 CASES: dict[str, dict[str, Any]] = {
     "s2, 240 m, patch 40 m, 24 dates": {"layers": ["s2"], "side_m": 240, "patch_m": 40, "dates": 24},
     "s2, 360 m, patch 10 m, 24 dates": {"layers": ["s2"], "side_m": 360, "patch_m": 10, "dates": 24},
@@ -63,54 +57,16 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         images[name] = image[None] if wanted.dated else image
     batch = Batch((Place(case["side_m"], case["side_m"]),), layers)
     view = model.at(patch_m=float(case["patch_m"]), window=case.get("window", 0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     way = case.get("way", "everysat")
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
-        start = time.perf_counter(), time.process_time()
+
+    def run() -> Any:
         if way == "plain":
-            out = encode(view, images, dict.fromkeys(images, days[None]))[0, 1:]
-        else:
-            out = view(view.tokenize(batch)).mean.float()
-        seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "peak_mb": peak,
-        "before_mb": before,
-        "sample": out[::7, ::5].tolist(),
-    }
+            return encode(view, images, dict.fromkeys(images, days[None]))[0, 1:]
+        return view(view.tokenize(batch)).mean.float()
 
-
-def apart(case: dict[str, Any]) -> dict[str, Any]:
-    """The measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.anysat", "one", json.dumps(case)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def speed(rounds: int) -> dict[str, Any]:
-    import torch
-
-    found: dict[str, Any] = {}
-    for title, case in CASES.items():
-        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-        for _ in range(rounds):
-            for way in WAYS:
-                runs[way].append(apart({**case, "way": way}))
-        best = {way: min(some, key=lambda run: run["cpu_seconds"]) for way, some in runs.items()}
-        plain = best["plain"]
-        found[title] = {}
-        for way, run in best.items():
-            ours, theirs = torch.tensor(run["sample"]), torch.tensor(plain["sample"])
-            found[title][way] = {
-                "cpu_seconds": run["cpu_seconds"],
-                "time_ratio": run["cpu_seconds"] / plain["cpu_seconds"],
-                "peak_mb": run["peak_mb"],
-                "largest_difference": float((ours - theirs).abs().max()),
-                "smallest_cosine": float(torch.nn.functional.cosine_similarity(ours, theirs).min()),
-            }
-            print(title, way, {k: round(v, 6) for k, v in found[title][way].items()}, flush=True)
-    return found
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
+        out, cost = measuring.timed(run)
+    return {**cost, "sample": out[::7, ::5].tolist()}
 
 
 def scaling() -> dict[str, Any]:
@@ -135,28 +91,7 @@ def scaling() -> dict[str, Any]:
             "side_m",
         ),
     }
-    found: dict[str, Any] = {}
-    for title, (cases, size) in sweeps.items():
-        rows = []
-        for case in cases:
-            run = apart(case)
-            rows.append({size: case[size], **{k: run[k] for k in ("seconds", "cpu_seconds", "peak_mb", "before_mb")}})
-            print(title, {k: round(v, 2) for k, v in rows[-1].items()}, flush=True)
-        found[title] = {"rows": rows, "exponents": _exponents(rows, size)}
-        print(title, found[title]["exponents"], flush=True)
-    return found
-
-
-def _exponents(rows: list[dict[str, float]], size: str) -> dict[str, float]:
-    """Slope of log time, and of log memory above the process's own, over log size, between the two largest sizes. For the side
-    of a place, 2 is linear in the area."""
-    a, b = rows[-2], rows[-1]
-    span = math.log(b[size] / a[size])
-    grown = [max(r["peak_mb"] - r["before_mb"], 1e-3) for r in (a, b)]
-    return {
-        "time": math.log(b["cpu_seconds"] / a["cpu_seconds"]) / span,
-        "memory": math.log(grown[1] / grown[0]) / span,
-    }
+    return measuring.scaling("benchmarks.anysat", sweeps)
 
 
 def main() -> None:
@@ -168,10 +103,8 @@ def main() -> None:
     if options.what == "one":
         print(json.dumps(measure(json.loads(options.case))))
         return
-    found = speed(options.rounds) if options.what == "speed" else scaling()
-    result = {"what": __doc__.split("\n")[0], "machine": platform.processor() or platform.machine(), "results": found}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"anysat_{options.what}.json").write_text(json.dumps(result, indent=1) + "\n")
+    found = measuring.ratios("benchmarks.anysat", CASES, WAYS, options.rounds) if options.what == "speed" else scaling()
+    measuring.save(f"anysat_{options.what}", str(__doc__).split("\n")[0], found)
 
 
 if __name__ == "__main__":

@@ -289,12 +289,14 @@ def _joined(layers: nn.Sequential, matrix: Tensor, bias: Tensor) -> Callable[[Te
     """The layers for single observations, of band values [n, band]: their first map joined with ``matrix`` and ``bias``, by which these
     become vectors, and with the normalisation behind it where its statistics are fixed."""
     first, norm, *rest = layers
-    assert isinstance(first, nn.Linear) and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert isinstance(first, nn.Linear)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     weight, shift = first.weight @ matrix.T, F.linear(bias, first.weight, first.bias)
     if norm.training:
         rest = [norm, *rest]
     else:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         weight, shift = weight * factor[:, None], (shift - norm.running_mean) * factor + norm.bias
 

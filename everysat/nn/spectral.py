@@ -115,6 +115,7 @@ class AnySensor(Encoder):
             name = next((n for n, i in self.inputs.items() if i.sensor.name == batch.sensor.name), None)
             if name is None:
                 name, changes = batch.sensor.name, {"layers": "all", **changes}
+            self.contracted(name, batch)  # what cannot be read is refused here, not left out
             batch = Batch((extent(batch),), {name: batch})
         return super().embed(batch, **changes)
 
