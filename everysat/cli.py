@@ -74,7 +74,7 @@ def inspect(
     """What is in files: bands, grid, CRS, dates, no-data, values - and what does not fit a model."""
     from everysat.io.inspect import inspect as look
 
-    contract = None if model is None else _encoder(model).inputs
+    contract = None if model is None else _encoder(model).reads
     report = look(files, contract, sensor=sensor)
     if json:
         import json as format
@@ -116,7 +116,7 @@ def stats(
         raise ValueError("give either files or --data NAME, not both and not neither")
     if files and set_:
         raise ValueError("--set is for options of a dataset given by --data")
-    inputs = None if model is None else _encoder(model).inputs
+    inputs = None if model is None else _encoder(model).reads
     options = _settings(set_)
     if data:
         dataset = Named(name=data, options=options).build("data")
@@ -324,8 +324,9 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
 def _scene(files: list[str], encoder: Any, sensor: str | None, times: list[str] | None, place: str | None) -> Any:
     from everysat.io import read
 
-    where = _where(place, min(i.gsd_m for i in encoder.inputs.values()))
-    return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=encoder.inputs)
+    inputs = encoder.reads
+    where = _where(place, min((i.gsd_m for i in inputs.values()), default=None) if inputs else None)
+    return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs)
 
 
 def _where(place: str | None, gsd_m: float | None) -> Any:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from everysat.data.batches import Dataset, Joined, Subset
-from everysat.data.statistics import band_statistics, spread
+from everysat.data.statistics import band_statistics, spread, summarise
 from everysat.find import find
 from everysat.models import weights
+from everysat.nn.spectral import listing
 from everysat.recipe import Recipe, RecipeError, check_options
 from everysat.types import Batch, Encoder, Input, Objective, Raster
 
@@ -72,21 +73,39 @@ def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
 
 def with_statistics(encoder: Encoder, datasets: Sequence[Dataset]) -> Encoder:
     """The same encoder whose inputs are normalised by the statistics of ``datasets`` together (1000 places, as many of each).
-    Inputs that are nowhere in them stay as they are."""
+    Inputs that are nowhere in them stay as they are. An encoder for any sensor that lists none gets all layers that it can read."""
     config = json.loads(json.dumps(encoder.config))
     modalities = config.get("modalities")
+    each = max(1, 1000 // len(datasets))
+    some = Joined([Subset(d, spread(len(d), each)) for d in datasets])
+    if encoder.any_sensor and not encoder.inputs:
+        return _rebuilt(encoder, {**config, "modalities": _found_in(some)})
     if not isinstance(modalities, dict) or not set(encoder.inputs) <= set(modalities):
         raise RecipeError(
             f"model.statistics=data: the config of {encoder.family} lists no modalities; give means in options"
         )
-    each = max(1, 1000 // len(datasets))
-    some = Joined([Subset(d, spread(len(d), each)) for d in datasets])
     found = band_statistics(_Only(some, encoder.inputs), inputs=encoder.inputs, unseen=True)
     for name, (mean, std) in found.items():
         modalities[name] |= {"mean": list(mean), "std": list(std)}
+    return _rebuilt(encoder, config)
+
+
+def _rebuilt(encoder: Encoder, config: dict[str, Any]) -> Encoder:
     again: Encoder = find("models", encoder.family)[0].from_config(config)
     again.load_state_dict(encoder.state_dict())
     return again
+
+
+def _found_in(data: Dataset) -> dict[str, Any]:
+    """Modalities of an encoder for any sensor: all layers of the data that it can read."""
+    found = {}
+    for name, s in summarise(data).items():
+        mean, std = s.pool.moments(name, unseen=True)
+        entry = listing(name, Input(s.sensor, s.gsd_m, mean, std, dated=s.dated))
+        found.update({} if entry is None else {name: entry})
+    if not found:
+        raise RecipeError("model.statistics=data: no layer of the data has bands that a model for any sensor can read")
+    return found
 
 
 class _Only:

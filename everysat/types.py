@@ -499,6 +499,11 @@ class Encoder(nn.Module, ABC):
     def forward(self, tokens: Tokens) -> Features:
         """Features from tokens, of all places of ``tokens.places``, also of those that have no token."""
 
+    @property
+    def reads(self) -> Mapping[str, Input] | None:
+        """The band contract that files are read by, or None if the encoder takes whatever there is."""
+        return self.inputs
+
     def known(self, batch: Batch) -> Batch:
         """The layers of a batch that the encoder reads."""
         return batch.only(*self.inputs)

@@ -79,14 +79,19 @@ def processes():
         os.environ["PYTHONPATH"] = before
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nothing disturbed."""
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums over several threads differ in the last digit from those of one, which runs in processes of their own use."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run = train(recipe(tmp_path_factory.mktemp("whole")), quiet=True)
+    yield
     torch.set_num_threads(threads)
-    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, one_thread):
+    """The run that nothing disturbed."""
+    return train(recipe(tmp_path_factory.mktemp("whole")), quiet=True)
 
 
 def test_it_learns_and_leaves_what_it_promises(whole):

@@ -108,7 +108,8 @@ def load(
 def normalised(encoder: Encoder, statistics: str | Path | Mapping[str, Any]) -> Encoder:
     """The same encoder, its inputs normalised by these statistics: a file written by ``everysat stats``, or its content.
 
-    Layers are matched by name, bands by theirs, in any order; layers that the statistics lack stay as they are.
+    Layers are matched by name, bands by theirs, in any order; layers that the statistics lack stay as they are. An encoder for any
+    sensor also lists those that only the statistics have.
 
     Raises:
         ContractError: no layer in common, another sensor or unit, a band that is missing; the message says what to do.
@@ -119,7 +120,9 @@ def normalised(encoder: Encoder, statistics: str | Path | Mapping[str, Any]) -> 
         raise ContractError(f"the config of {encoder.family} lists no modalities that statistics could be put into")
     layers = moments.load(statistics)
     shared = [name for name in encoder.inputs if name in layers and name in modalities]
-    if not shared:
+    if encoder.any_sensor:
+        modalities |= {name: _described(entry) for name, entry in layers.items() if name not in shared}
+    elif not shared:
         raise ContractError(
             f"the statistics are of the layers {', '.join(layers) or 'none'}, the model has {', '.join(encoder.inputs)}: none in "
             "common. Read the data under the model's names (everysat stats --model), or rename the layers in the file"
@@ -276,6 +279,11 @@ def _moments(wanted: Input, entry: Mapping[str, Any], name: str) -> tuple[list[f
                 f"the statistics of layer {name!r} band {band.name} are in {entry['unit'][index]}, the model expects {band.unit}; {advice}"
             )
     return [entry["mean"][i] for i in order], [entry["std"][i] for i in order]
+
+
+def _described(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a statistics file as a model for any sensor lists it."""
+    return {key: entry[key] for key in ("sensor", "bands", "gsd_m", "mean", "std")}
 
 
 def _modalities(path: Path, before: Mapping[str, Any], wanted: Any) -> dict[str, Any]:

@@ -8,14 +8,15 @@ bands of the contract that measure the same in the same unit, interpolated over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from everysat import sensors
 from everysat.nn.position import sine_cosine
 from everysat.sensors import Band, Sensor
 from everysat.types import Batch, ContractError, Encoder, Features, Input, Raster, extent
@@ -70,8 +71,12 @@ class AnySensor(Encoder):
 
     any_sensor = True
 
+    @property
+    def reads(self) -> Mapping[str, Input] | None:
+        return self.inputs if self.inputs and self.config.get("layers", "listed") == "listed" else None
+
     def known(self, batch: Batch) -> Batch:
-        if self.inputs and self.config.get("layers", "listed") == "listed":
+        if self.reads is not None:
             return batch.only(*self.inputs)
         readable = [n for n, r in batch.layers.items() if n != LABEL and isinstance(r, Raster) and self._readable(n, r)]
         return batch.only(*sorted(readable))
@@ -118,6 +123,16 @@ class AnySensor(Encoder):
             self.contracted(name, batch)  # what cannot be read is refused here, not left out
             batch = Batch((extent(batch),), {name: batch})
         return super().embed(batch, **changes)
+
+
+def listing(name: str, wanted: Input) -> dict[str, Any] | None:
+    """What the config of a model for any sensor says of an input, under ``modalities``; None if it cannot read that layer."""
+    if name == LABEL or not all(physics(wanted.sensor, band) for band in wanted.sensor.bands):
+        return None
+    known = wanted.sensor.name in sensors.names()
+    sensor = wanted.sensor.name if known else {**sensors.to_table(wanted.sensor), "name": wanted.sensor.name}
+    facts = {"sensor": sensor, "bands": list(wanted.sensor.names), "gsd_m": wanted.gsd_m, "dated": wanted.dated}
+    return {**facts, "mean": list(wanted.mean), "std": list(wanted.std)}
 
 
 def _moments(name: str, sensor: Sensor, band: Band, inputs: Iterable[Input]) -> tuple[float, float]:
