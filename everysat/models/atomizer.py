@@ -48,6 +48,10 @@ CODES = tuple(f"{orbit}_{p}" for orbit in ORBITS for p in POLARISATIONS) + TERRA
 """Bands without a wavelength, which have learned codes."""
 
 
+CHUNK_PAIRS = 1 << 16
+"""Pairs of a cell and a token in it that inference holds at once."""
+
+
 class Modality(InputConfig):
     """A layer that the contract lists. ``dated``: its observations have dates. Bands and pixel size may differ at a call."""
 
@@ -186,16 +190,32 @@ class ReadOut(nn.Module):
         super().__init__()
         self.embed = nn.Linear(2 * config.place_code.dim + 1, config.dim)
         self.latents = Reading(config.dim, config.dim, config.heads, config.head_dim)
-        self.own = Reading(config.dim, context, config.heads, config.head_dim) if config.local else None
+        sizes = (config.cross_heads, config.cross_head_dim)
+        self.own = Reading(config.dim, context, *sizes) if config.local else None
         self.feed, self.norm = GatedMlp(config.dim), nn.LayerNorm(config.dim)
 
     def forward(self, code: Tensor, latents: Tensor, cells: Tensor, atoms: Atoms | None, query: Tensor) -> Tensor:
         """Features [cell, dim] of cells with this ``code``, ``cells`` [place] of each place; ``atoms`` are those in the cells ``query``."""
         kv = self.latents.to_kv(self.latents.context_norm(latents)).flatten(0, 1)
         x = self.latents(self.embed(code), kv, cells, torch.full_like(cells, latents.shape[1]))
-        if self.own is not None and atoms is not None:
-            x = self.own.own(x, atoms.projected([self.own.map])[0], query)
+        if self.own is not None and atoms is not None and len(atoms):
+            x = self._with_own(self.own, x, atoms, query)
         return self.norm(self.feed(x))
+
+    @staticmethod
+    def _with_own(own: Reading, x: Tensor, atoms: Atoms, query: Tensor) -> Tensor:
+        """In inference, some cells at a time."""
+        if torch.is_grad_enabled() or len(atoms) <= CHUNK_PAIRS:
+            return own.own(x, atoms.projected([own.map])[0], query)
+        order = torch.argsort(query, stable=True)
+        ends = torch.cumsum(torch.bincount(query, minlength=len(x)), 0)
+        parts, cell, done = [], 0, 0
+        while cell < len(x):
+            last = max(cell + 1, int(torch.searchsorted(ends, done + CHUNK_PAIRS, right=True)))
+            pick, done = order[done : int(ends[last - 1])], int(ends[last - 1])
+            parts.append(own.own(x[cell:last], atoms[pick].projected([own.map])[0], query[pick] - cell))
+            cell = last
+        return torch.cat(parts)
 
 
 class Atomizer(AnySensor):
@@ -337,15 +357,23 @@ class Atomizer(AnySensor):
 
     # --- from tokens to features ---------------------------------------------------------------------------------------
 
-    def forward(self, tokens: Tokens, *, generator: torch.Generator | None = None) -> Features:
-        """Features. In training, or with a ``generator``, which the draws are then made from, tokens are pruned as the settings say."""
-        some = self.affordable(tokens)
-        atoms = self.atoms(some)
+    def forward(
+        self, tokens: Tokens, *, hidden: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Features:
+        """Features. ``hidden`` bool [token]: not read, though the cells that they touch have features. In training, or with a
+        ``generator``, which the draws are then made from, tokens are pruned as the settings say."""
+        return self.encoded(tokens, hidden=hidden, generator=generator)[0]
+
+    def encoded(
+        self, tokens: Tokens, *, hidden: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Features, Tensor]:
+        """What :meth:`forward` says, and the latents [place, latent, dim]."""
+        some = self.affordable(tokens if hidden is None else tokens[~hidden])
         kept = self.pruned(some, generator) if self.settings.prune and (self.training or generator is not None) else []
-        latents = self.states(atoms, some.coords.row, len(tokens.places), kept)[-1]
+        latents = self.states(self.atoms(some), some.coords.row, len(tokens.places), kept)[-1]
         summary = self.pooling(latents)
         mean, coords = self._whole(tokens, summary) if self.read_out is None else self._cells(tokens, some, latents)
-        return Features(mean, coords, summary, tokens.places)
+        return Features(mean, coords, summary, tokens.places), latents
 
     def affordable(self, tokens: Tokens) -> Tokens:
         """The tokens within the budget: see :func:`spread_evenly`."""
@@ -367,7 +395,8 @@ class Atomizer(AnySensor):
         kept: list[Tensor] = []
         for _ in range(self.settings.depth):
             pool = kept[-1] if kept and self.settings.regime == "cumulative" else everything
-            kept.append(pool[kept_at_random(row[pool], rows, share, generator, first)])
+            count = torch.bincount(row[pool], minlength=rows)
+            kept.append(pool[kept_at_random(row[pool], count - (count * share).long(), generator, first)])
         return kept
 
     def states(self, atoms: Atoms, row: Tensor, rows: int, kept: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -426,7 +455,8 @@ class Atomizer(AnySensor):
     def own_atoms(self, tokens: Tokens, token: Tensor, offset_m: Tensor) -> Atoms:
         """Values and codes of the tokens with these numbers [pair], with positions relative to the middle of a cell: in cells, and far
         ones drawn nearer."""
-        u = offset_m / self.settings.token_m
+        # Rounded, so that what is equal up to the last digit has one code.
+        u = (offset_m / self.settings.token_m * 4096).round() / 4096
         row, column = (_coded((u / (1 + u.abs()))[:, axis], OFFSET) for axis in (0, 1))
         coords = tokens.coords
         band = Part(self._channel_table(tokens.memo["channels"]), coords.group)[token]

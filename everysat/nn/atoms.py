@@ -175,17 +175,16 @@ class _Mapped:
         return mapped.addcmul_(mean[:, None], self.total, value=-1).mul_(scale).add_(self.shift)
 
 
-def kept_at_random(row: Tensor, rows: int, share: float, generator: torch.Generator, first: int = 0) -> Tensor:
-    """Which entries of each row stay when ``share`` of them, rounded down, go at random: bool [n] of ``row`` [n]. ``first`` is the number of
-    the first row in the global batch."""
-    where = row.cpu()
-    count = torch.bincount(where, minlength=rows)
+def kept_at_random(row: Tensor, count: Tensor, generator: torch.Generator, first: int = 0) -> Tensor:
+    """Which entries stay when ``count`` [row] of each row stay at random: bool [n] of ``row`` [n]. ``first`` is the number of the first row in
+    the global batch."""
+    where, rows = row.cpu(), len(count)
     luck = draws.uniform(generator, where + first, ordinal(where, rows))
     order = torch.argsort(luck, stable=True)
     order = order[torch.argsort(where[order], stable=True)]
     rank = torch.empty_like(order)
     rank[order] = ordinal(where[order], rows)
-    return (rank < (count - (count * share).long())[where]).to(row.device)
+    return (rank < count.cpu()[where]).to(row.device)
 
 
 def spread_evenly(row: Tensor, at: Tensor, kind: Tensor, rows: int, budget: int) -> Tensor:
