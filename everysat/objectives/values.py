@@ -1,8 +1,8 @@
 """Pre-training of Atomizer without labels: say hidden values, from the band, place and date that they are asked for.
 
 Of each place a share of the tokens is hidden: single values, all values in some cells, some bands, or some dates. The encoder reads the
-others. A query, made of the codes of a hidden token without its value, reads the latents, adds the feature of the cell that it
-lies in, and says the normalised value. So latents, summary aside, and the features of cells are both trained.
+others. A query, made of the codes of a hidden token without its value, reads the latents, adds the summary of the place and the feature
+of the cell that it lies in, and says the normalised value. So all that features are made of is trained.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class HiddenValues(Objective):
         context = settings.band_dim + 2 * settings.place_code.dim + settings.date_dim
         self.embed = nn.Linear(context, settings.dim)
         self.latents = Reading(settings.dim, settings.dim, settings.heads, settings.head_dim)
+        self.place = nn.Linear(settings.dim, settings.dim)
         self.cell = nn.Linear(settings.dim, settings.dim) if settings.dense else None
         self.feed, self.norm = GatedMlp(settings.dim), nn.LayerNorm(settings.dim)
         self.value = nn.Linear(settings.dim, 1)
@@ -98,6 +99,7 @@ class HiddenValues(Objective):
         kv = self.latents.to_kv(self.latents.context_norm(latents)).flatten(0, 1)
         count = torch.full_like(queries, latents.shape[1])
         x = self.latents(self.embed(replace(atoms, code=None).written()), kv, queries, count)
+        x = x + self.place(features.summary)[asked.coords.row]
         if self.cell is not None and len(asked):
             own, there = _feature_of(asked, features, float(encoder.settings.token_m))  # type: ignore[union-attr, arg-type]
             x = x + self.cell(features.mean[own]) * there[:, None]

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import plain_atomizer
 from everysat import sensors
-from everysat.models import atomizer
+from everysat.models import atomizer, weights
 from everysat.nn.spectral import physics
 from everysat.types import Batch, ContractError, Features, Place, Raster
 
@@ -327,3 +328,19 @@ def test_errors_say_what_came() -> None:
         atomizer.build("nano", budget=-1)
     with pytest.raises(LookupError, match="no variant 'nanoo'"):
         atomizer.build("nanoo")
+
+
+def test_published_weights_convert_and_load(tmp_path) -> None:
+    sizes = {"dim": 32, "latents": 4, "heads": 2, "head_dim": 8, "depth": 3, "per_cross": 1}
+    model = atomizer.build("bmvc", **sizes)
+    state = {k: v.clone() for k, v in published_names(model.state_dict(), 3).items()}
+    state |= {
+        "to_logits.2.weight": torch.zeros(19, 32),
+        "transform.wavelength_encoding_s2": torch.zeros(1, 1, 2, 2, 12, 15),
+    }
+    save_file(state, tmp_path / "published.safetensors")
+    done = weights.convert("atomizer/bmvc", tmp_path / "published.safetensors", tmp_path / "own.safetensors", **sizes)
+    assert set(done.dropped) == {"to_logits.2.weight", "transform.wavelength_encoding_s2"}
+    loaded = weights.load(tmp_path / "own.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
