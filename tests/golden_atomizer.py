@@ -153,8 +153,7 @@ def _check_latents(fixture: Fixture, prefix: str, sample: int, states: list[Tens
 
 class Later(nn.Module):
     """The unpublished later model, put together from the layers of :mod:`everysat.nn.local`: latents on a grid read tokens of their own,
-    talk with regard to distance, and pixels ask the latents nearest to them. Random choices, and where latents move between layers,
-    are read from the fixture."""
+    talk with regard to distance, and pixels ask the latents nearest to them. Random choices are read from the fixture."""
 
     def __init__(self, fixture: Fixture) -> None:
         super().__init__()
@@ -248,11 +247,9 @@ def filled(module: nn.Module, fixture: Fixture, prefix: str) -> Any:
     return module
 
 
-def check_error(placed: Tensor, weights: dict[str, Tensor], expected: Tensor) -> None:
-    x = sequence(
-        placed, weights, "gravity_displacement.error_predictor.mlp.", {"0": False, "1": True, "3": True, "5": False}
-    )
-    close(F.softplus(x)[..., 0], expected, "predicted error")
+def predicted_error(placed: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    steps = {"0": False, "1": True, "3": True, "5": False}
+    return F.softplus(sequence(placed, weights, "gravity_displacement.error_predictor.mlp.", steps))[..., 0]
 
 
 def output(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -283,24 +280,53 @@ def chosen(fixture: Fixture) -> list[Tensor]:
     return found
 
 
+def moved(at: Tensor, error: Tensor, facts: dict[str, Any]) -> Tensor:
+    """Where latents go: towards those of large predicted error, by a force that falls with the square of the distance, then away from
+    crowds. (Latents closer than half the spacing also push each other away; in the fixtures none are.)"""
+    spacing, edge = facts["latent_surface"] / (facts["spatial_latents"] - 1), facts["latent_surface"] / 2
+    error = torch.log1p(error)
+    low, high = error.amin(1, keepdim=True), error.amax(1, keepdim=True)
+    error = (error - low) / (high - low + 1e-8)
+    step = at[:, None] - at[:, :, None]
+    distance = step.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    assert torch.where(distance > 1e-6, distance, spacing).min() > spacing / 2
+    force = ((error - error.mean(1, keepdim=True))[:, None, :, None] * step / distance**3).sum(2)
+    size = force.norm(dim=-1, keepdim=True)
+    share = (size / size.mean(1, keepdim=True)).clamp(max=2) / 2
+    reach = facts["min_displacement"] + (facts["max_displacement"] - facts["min_displacement"]) * share
+    start = at = (at + force / size.clamp(min=1e-8) * reach).clamp(-edge, edge)
+    for _ in range(3):
+        step = at[:, :, None] - at[:, None]
+        crowd = torch.exp(-step.square().sum(-1, keepdim=True) / (2 * (spacing / 2) ** 2))
+        push = 0.1 * spacing * (1 - error)[..., None] * (crowd * step).sum(2) / (spacing / 2)
+        at = at + capped(push, spacing / 4)
+        at = (start + capped(at - start, spacing / 2)).clamp(-edge, edge)
+    return at
+
+
+def capped(x: Tensor, most: float) -> Tensor:
+    return x * (most / x.norm(dim=-1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
+
+
 def check_head(fixture: Fixture) -> None:
     model, io = Later(fixture).eval(), fixture.io
     weights, tokens, masked = fixture.weights, io["in.tokens"], io["in.mask"].view(len(io["in.tokens"]), -1) > 0
     at = weights["input_processor.geometry.latent_grid"][io["rng.0.randperm"]].expand(len(tokens), -1, -1)
-    close(at, io["out.coords0"], "places of the latents")
     content = weights["spatial_latent_content"].expand(len(tokens), at.shape[1], -1)
     x = torch.cat([content, weights["global_latents"].expand(len(tokens), -1, -1)], 1)
     row = torch.arange(len(tokens))[:, None, None]
     with torch.no_grad():
         for number, (layer, some) in enumerate(zip(model.layers, chosen(fixture), strict=True)):
-            x = model.read(layer, x, tokens[row, some], masked[row, some], io[f"out.coords{number}"])
+            close(at, io[f"out.coords{number}"], f"places of the latents of layer {number}")
+            x = model.read(layer, x, tokens[row, some], masked[row, some], at)
             error = io.get(f"out.predicted_error{number}")
-            if error is not None:  # a layer that moves: latents begin anew, at the places of the next layer
-                check_error(x[:, : at.shape[1]], weights, error)
-                x = torch.cat([content, x[:, at.shape[1] :]], 1)
+            if error is not None:  # a layer that moves: latents begin anew elsewhere
+                close(predicted_error(x[:, : at.shape[1]], weights), error, f"predicted error of layer {number}")
+                at, x = moved(at, error, model.facts), torch.cat([content, x[:, at.shape[1] :]], 1)
+        close(at, io["out.final_coords"], "places of the latents at the end")
         close(x, io["out.latents"], "latents")
         close(logits(fixture, model.pooling(x)), io["out.logits"], "logits")
-        read = model.decode(x, io["in.queries"], io["out.final_coords"])
+        read = model.decode(x, io["in.queries"], at)
         predictions = output(read, weights)
         close(predictions, io["out.predictions"], "predictions")
     close(F.mse_loss(predictions[..., 0], io["in.queries"][..., 0]), io["out.mse_loss"][0], "loss")
