@@ -33,6 +33,7 @@ class HiddenValues(Objective):
         hide: share of the tokens that is hidden, or of the cells, bands or dates of a place.
         units: what is hidden together; each place draws one of them.
         queries: of the hidden values of a place, at most so many are asked for.
+        token_m: sides of the cells that a step draws from; the encoder's own by default.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class HiddenValues(Objective):
         hide: float = 0.75,
         units: Sequence[Unit] = ("value", "cell", "band"),
         queries: int = 1024,
+        token_m: Sequence[float] = (),
     ) -> None:
         super().__init__()
         if encoder.family != "atomizer":
@@ -52,7 +54,9 @@ class HiddenValues(Objective):
             raise ValueError(f"units={list(units)} must name some of {', '.join(UNITS)}")
         if queries < 1:
             raise ValueError(f"queries={queries} must be at least 1")
-        self.hide, self.units, self.queries = hide, tuple(units), queries
+        if any(not side > 0 for side in token_m):
+            raise ValueError(f"token_m={list(token_m)} must be positive (metres)")
+        self.hide, self.units, self.queries, self.token_m = hide, tuple(units), queries, tuple(token_m)
         settings: Any = encoder.settings
         context = settings.band_dim + 2 * settings.place_code.dim + settings.date_dim
         self.embed = nn.Linear(context, settings.dim)
@@ -63,6 +67,8 @@ class HiddenValues(Objective):
         self.value = nn.Linear(settings.dim, 1)
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        if self.token_m:
+            encoder = encoder.at(token_m=self.token_m[int(torch.randint(len(self.token_m), (1,), generator=generator))])
         tokens = encoder.tokenize(batch)
         first = row_offset(len(batch), tokens.x.device)
         hidden = self.hidden(tokens, encoder, generator, first)

@@ -125,6 +125,15 @@ def test_a_model_without_read_out_learns_too(generator) -> None:
     assert encoder.latents.grad is not None
 
 
+def test_a_step_draws_the_side_of_the_cells(encoder, generator) -> None:
+    objective = values.build(encoder=encoder, token_m=[20.0, 40.0])
+    sides = set()
+    encoder.read_out.register_forward_pre_hook(lambda _, given: sides.add(len(given[0])))
+    for seed in range(8):
+        objective(encoder, scene(generator), draw(seed))
+    assert sides == {16, 4}
+
+
 def test_bad_options_are_refused(encoder) -> None:
     with pytest.raises(ValueError, match=r"hide=1\.0 must be between"):
         values.build(encoder=encoder, hide=1.0)
@@ -132,5 +141,7 @@ def test_bad_options_are_refused(encoder) -> None:
         values.build(encoder=encoder, units=["pixel"])
     with pytest.raises(ValueError, match="not 'omnisat'"):
         values.build(encoder=omnisat.build("tiny"))
+    with pytest.raises(ValueError, match="token_m="):
+        values.build(encoder=encoder, token_m=[0.0])
     with pytest.raises(LookupError, match="no variants"):
         values.build("x", encoder=encoder)
