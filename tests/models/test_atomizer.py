@@ -154,6 +154,20 @@ def test_bands_of_the_same_physics_are_the_same_whatever_they_are_called(model, 
     same(model.embed(batch), model.embed(other))
 
 
+def test_radar_is_known_by_polarisation_and_orbit(model, generator) -> None:
+    layer = raster("sentinel-1-grd", 10.0, 4, generator, bands=("VV", "VH"))
+    said = {}
+    for orbit in (None, "ascending", "descending"):
+        bands = tuple(replace(b, orbit=orbit) for b in layer.sensor.bands)
+        said[orbit] = model.embed(place(40.0, x=replace(layer, sensor=replace(layer.sensor, bands=bands)))).summary
+    swapped = replace(layer, sensor=replace(layer.sensor, bands=tuple(reversed(layer.sensor.bands))))
+    said["swapped"] = model.embed(place(40.0, x=swapped)).summary
+    names = list(said)
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            assert not torch.allclose(said[name], said[other], atol=1e-4), (name, other)
+
+
 def test_a_model_of_wavelengths_alone_refuses_radar(generator) -> None:
     sizes = {"dim": 32, "latents": 4, "heads": 2, "head_dim": 8, "depth": 1}
     model = atomizer.build("bmvc", layers="all", **sizes)

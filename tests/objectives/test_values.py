@@ -89,6 +89,16 @@ def test_hidden_values_have_no_effect_on_what_is_said(encoder, generator) -> Non
     assert torch.equal(*said)
 
 
+def test_the_encoder_reads_what_is_not_hidden(encoder, generator) -> None:
+    read = []
+    encoder.crosses[0].register_forward_pre_hook(lambda _, given: read.append(len(given[1])))
+    batch, objective = scene(generator), values.build(encoder=encoder)
+    objective(encoder, batch, draw(3))
+    hidden = objective.hidden(encoder.tokenize(batch), encoder, draw(3))
+    assert read == [int((~hidden).sum())]
+    assert hidden.any()
+
+
 def test_it_learns_values_that_follow_from_others(encoder, generator) -> None:
     """Bands that are equal: a hidden one is what the others of its pixel are."""
     torch.manual_seed(0)
