@@ -91,9 +91,9 @@ class Half:
 class Study:
     """Parts of the study by name, kept in a file as they are finished."""
 
-    def __init__(self) -> None:
-        OUT.mkdir(parents=True, exist_ok=True)
-        self.file = OUT / "parts.json"
+    def __init__(self, folder: Path = OUT) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "parts.json"
         self.parts: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.batch = berlin.build().scene.read()
         self.labels = polygons.burn(berlin.polygons(), self.batch.places[0], berlin.COLUMN, gsd_m=10.0)

@@ -61,6 +61,8 @@ class Config(BaseModel):
         output: one feature per ``cell``, the mean over layers, or one per ``layer`` and cell.
         antialias: resampling to larger cells averages all pixels, instead of the nearest two per axis.
         cells: along the squares that maps of large places are made of.
+        wavelength_unit_nm: what wavelengths are counted in. At 1 nm, as published, the codes of bands 10 nm apart have little in
+            common; larger units make bands alike that are near each other, also those that training did not have.
         block_norm_eps: of the blocks' layer norms; that of the published weights depends on the version of a library that was not
             recorded, most likely 1e-5.
     """
@@ -78,6 +80,7 @@ class Config(BaseModel):
     time_heads: int = 16
     key_dim: int = 16
     experts: int = 4
+    wavelength_unit_nm: float = 1.0
     block_norm_eps: float = 1e-5
     quirks: tuple[Quirk, ...] = ()
 
@@ -128,7 +131,7 @@ class Ramen(AnySensor):
         super().__init__()
         self._take(config)
         self.dim = config.dim
-        self.bands = BandVectors(config.dim)
+        self.bands = BandVectors(config.dim, config.wavelength_unit_nm)
         self.scale = ScaleExperts(config.dim, config.experts)
         self.temporal = Ltae(
             config.dim,
@@ -170,7 +173,8 @@ class Ramen(AnySensor):
         return math.ceil(batch.height_m / side - 1e-4), math.ceil(batch.width_m / side - 1e-4)
 
     def tokenize(self, batch: Batch) -> Tokens:
-        """One token per place, layer and cell with any valid value. ``memo`` has the ``grid``, and what was ``seen`` of each layer."""
+        """One token per place, layer and cell with any valid value. ``memo`` has the ``grid``, what was
+        ``seen`` of each layer, and, for a decoder, what is ``asked`` of it."""
         grid = self.grid_of(batch)
         batch = self.known(batch)
         groups = tuple(name for name in [*self.inputs, *batch.layers] if name in batch.layers)
@@ -181,7 +185,10 @@ class Ramen(AnySensor):
         slot = torch.cat([torch.zeros(0, dtype=torch.long, device=x.device), *(slot for _, slot in found)])
         counts = torch.tensor([0, *(len(slot) for _, slot in found)])
         group = torch.repeat_interleave(torch.arange(len(counts)) - 1, counts).to(x.device)
-        return Tokens(x, self._coords(slot, group, grid), groups, batch.places, {"grid": grid, "seen": seen})
+        asked = {name: (layer.raster, layer.wanted) for name, layer in seen.items()}
+        return Tokens(
+            x, self._coords(slot, group, grid), groups, batch.places, {"grid": grid, "seen": seen, "asked": asked}
+        )
 
     def _seen(self, name: str, raster: Raster, grid: tuple[int, int]) -> Seen:
         raster, wanted = self.contracted(name, raster)
@@ -331,8 +338,8 @@ _NANO: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "small": {"dim": 384, "heads": 6},
-    "tiny": {"dim": 192, "depth": 6, "heads": 6},
+    "small": {"dim": 384, "heads": 6, "wavelength_unit_nm": 100.0},
+    "tiny": {"dim": 192, "depth": 6, "heads": 6, "wavelength_unit_nm": 100.0},
     "nano": {"dim": 32, "depth": 2, "heads": 2, "time_heads": 4, "key_dim": 4, "gsd_m": 20.0, "modalities": _NANO},
 }
 """``base`` has the sizes of the published weights; the others have none. ``nano`` is for tests."""

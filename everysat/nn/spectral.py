@@ -185,12 +185,13 @@ class Codes(nn.Module):
 
 
 class BandVectors(nn.Module):
-    """A vector [dim] for every band, from its physics: optical bands by the sinusoid of their wavelength in nanometres, radar by a
-    learned code of orbit and polarisation (the mean of both orbits if unknown), terrain by one of its quantity."""
+    """A vector [dim] for every band, from its physics: optical bands by the sinusoid of their wavelength in units of ``unit_nm``
+    nanometres, radar by a learned code of orbit and polarisation (the mean of both orbits if unknown), terrain by one of its
+    quantity."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, unit_nm: float = 1.0) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.unit_nm = dim, unit_nm
         self.spectral = Codes(dim)
         self.radar = Codes(dim, tuple(f"{orbit}_{p}" for orbit in ORBITS for p in POLARISATIONS))
         self.terrain = Codes(dim, TERRAIN)
@@ -208,7 +209,8 @@ class BandVectors(nn.Module):
     def _code(self, found: Physics) -> Tensor:
         if found.kind == "optical":
             device = self.radar.codes.device  # type: ignore[union-attr]
-            return sine_cosine(torch.tensor(found.wavelength_nm, device=device), self.dim, torch.float32)
+            wavelength = torch.tensor(found.wavelength_nm / self.unit_nm, device=device)
+            return sine_cosine(wavelength, self.dim, torch.float32)
         if found.kind == "terrain":
             return self.terrain.code(found.code)
         orbits = [found.orbit] if found.orbit in ORBITS else ORBITS

@@ -31,14 +31,18 @@ from everysat.types import Batch, Encoder, Features, Objective, Raster, Tokens
 class Decoder(nn.Module):
     """From features of some cells to the values of all pixels."""
 
-    def __init__(self, inputs: int, dim: int, depth: int, heads: int, experts: int = 4, eps: float = 1e-5) -> None:
+    def __init__(
+        self, inputs: int, dim: int, depth: int, heads: int, experts: int = 4, unit_nm: float = 1.0, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(inputs, dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, heads, eps=eps) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.dates, self.dates_norm = Block(dim, heads, eps=eps), nn.LayerNorm(dim, eps=1e-6)
-        self.bands, self.scale = BandVectors(dim), ScaleExperts(dim, experts)
+        self.bands, self.scale = BandVectors(dim, unit_nm), ScaleExperts(dim, experts)
+        for part in (self.bands.spectral, self.bands.radar, self.bands.terrain):
+            nn.init.constant_(part.mlp[-1].weight, dim**-0.5)  # type: ignore[arg-type]  # products near 1, as values are
 
     def forward(self, shown: Features, tokens: Tokens, keep: Tensor) -> Tensor:
         """A vector [token, dim] for each of ``tokens``, of features of those that ``keep`` marks."""
@@ -80,6 +84,8 @@ class Mae(Objective):
         mask_ratio: share of the cells of a place, over all its layers, that is hidden.
         subsets: whether a step reads a random part of the layers, and not all.
         date_ratio: share of the dates of series that a step leaves out.
+        band_ratio: share of the bands of a layer that a step does not show, though it asks for them (not in the paper). A small
+            number of sensors otherwise teaches sets of bands, and not bands.
         dim, depth, heads, eps: of the decoder; eps of its blocks' layer norms.
         targets: values normalised per ``band``, by the encoder's contract, or once more per ``pixel`` over its bands (published;
             of two bands, only which is larger remains, and one band is refused).
@@ -93,6 +99,7 @@ class Mae(Objective):
         mask_ratio: float = 0.75,
         subsets: bool = True,
         date_ratio: float = 0.0,
+        band_ratio: float = 0.0,
         dim: int = 512,
         depth: int = 8,
         heads: int = 16,
@@ -102,14 +109,16 @@ class Mae(Objective):
         super().__init__()
         if not 0.0 < mask_ratio < 1.0:
             raise ValueError(f"mask_ratio={mask_ratio} must be between 0 and 1: something is hidden, something shown")
-        if not 0.0 <= date_ratio < 1.0:
-            raise ValueError(f"date_ratio={date_ratio} must be in [0, 1): something has to stay")
+        for name, ratio in {"date_ratio": date_ratio, "band_ratio": band_ratio}.items():
+            if not 0.0 <= ratio < 1.0:
+                raise ValueError(f"{name}={ratio} must be in [0, 1): something has to stay")
         if targets not in ("band", "pixel"):
             raise ValueError(f"targets={targets!r} must be 'band' or 'pixel'")
         settings: Any = encoder.settings
         self.gsd_m = gsd_m
-        self.mask_ratio, self.subsets, self.date_ratio, self.targets = mask_ratio, subsets, date_ratio, targets
-        self.decoder = Decoder(settings.dim, dim, depth, heads, settings.experts, eps)
+        self.mask_ratio, self.subsets, self.date_ratio = mask_ratio, subsets, date_ratio
+        self.band_ratio, self.targets = band_ratio, targets
+        self.decoder = Decoder(settings.dim, dim, depth, heads, settings.experts, settings.wavelength_unit_nm, eps)
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         gsd_m = drawn_size(self.gsd_m or [encoder.config["gsd_m"]], batch.source, "gsd_m", generator)
@@ -122,10 +131,24 @@ class Mae(Objective):
             names = [name for i, name in enumerate(names) if bits >> i & 1]
         if self.date_ratio:
             batch = fewer_dates(batch, names, self.date_ratio, generator, first)
-        tokens = view.tokenize(batch.only(*names))
+        batch = batch.only(*names)
+        tokens = view.tokenize(self._fewer_bands(batch, generator))
+        tokens.memo["asked"].update({name: view.contracted(name, batch.raster(name)) for name in names})
         number = ordinal(tokens.coords.row, len(batch))
         noise = uniform(generator, tokens.coords.row + first, number)
         return {**self.terms(view, tokens, noise), "gsd_m": noise.new_tensor(gsd_m)}
+
+    def _fewer_bands(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Some of the bands of each layer, the same for all places, at least one."""
+        if not self.band_ratio:
+            return batch
+        layers: dict[str, Raster] = {}
+        for name in batch.layers:
+            raster = batch.raster(name)
+            count = len(raster.sensor.bands)
+            order = torch.randperm(count, generator=generator)[: max(1, round(count * (1.0 - self.band_ratio)))]
+            layers[name] = raster.select(raster.sensor.names[i] for i in sorted(order.tolist()))
+        return batch.adding(**layers)
 
     def terms(self, view: Any, tokens: Tokens, noise: Tensor) -> dict[str, Tensor]:
         """Losses, by layer and in all; the cells of least ``noise`` [token] of each place are shown."""
@@ -153,10 +176,10 @@ class Mae(Objective):
         self, view: Any, tokens: Tokens, name: str, decoded: Tensor, keep: Tensor, mine: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Normalised values [obs, band, y, x] of a layer as told from its ``decoded`` cells, and which pixels lie in hidden ones."""
-        (height, width), seen_layer = tokens.memo["grid"], tokens.memo["seen"][name]
-        row, at, raster = tokens.coords.row[mine], tokens.coords.cells()[mine], seen_layer.raster
+        (height, width), (raster, _) = tokens.memo["grid"], tokens.memo["asked"][name]
+        row, at = tokens.coords.row[mine], tokens.coords.cells()[mine]
         cell, cells = at[:, 0] * width + at[:, 1], height * width
-        vectors, obs, token = self.decoder.dated(decoded, row, raster, seen_layer.obs)
+        vectors, obs, token = self.decoder.dated(decoded, row, raster, tokens.memo["seen"][name].obs)
         ratio = view.settings.gsd_m / raster.gsd_m
         mixing, bias = self.decoder.scale(ratio)
         channels = self.decoder.bands(raster.sensor)
@@ -177,8 +200,8 @@ class Mae(Objective):
         return values, seen & hidden[raster.row][:, index[0]][:, :, index[1]][:, None]
 
     def _target(self, view: Any, tokens: Tokens, name: str) -> tuple[Tensor, Tensor]:
-        seen = tokens.memo["seen"][name]
-        values, valid = seen.wanted.normalise(seen.raster), seen.raster.valid
+        raster, wanted = tokens.memo["asked"][name]
+        values, valid = wanted.normalise(raster), raster.valid
         if self.targets == "band":
             return values, valid
         if values.shape[1] < 2:

@@ -139,3 +139,23 @@ def test_bad_options_are_named(encoder) -> None:
     one = mae.build(encoder=encoder, targets="pixel", **OPTIONS)
     with pytest.raises(ValueError, match="has one; use targets='band'"):
         one(encoder, Batch((Place(320.0, 320.0),), {"dem": dem}), torch.Generator())
+
+
+def test_bands_that_are_not_shown_are_asked_for(encoder) -> None:
+    task = mae.build(encoder=encoder, subsets=False, band_ratio=0.5, **OPTIONS).eval()
+    encoder.eval()
+    one = batch(1)
+    s2 = one.raster("s2")
+    changed = {}
+    for band in range(3):
+        values = s2.values.clone()
+        values[:, band] += 10.0
+        changed[band] = replace(s2, values=values)
+    losses = [
+        task(encoder, one.adding(s2=c).only("s2"), torch.Generator().manual_seed(2))["loss"].item()
+        for c in changed.values()
+    ]
+    assert len({round(x, 4) for x in losses}) == 3  # every band counts, shown or not
+    shown = task._fewer_bands(one, torch.Generator().manual_seed(2))
+    assert len(shown.raster("s2").sensor.bands) == 2
+    assert len(shown.raster("s1").sensor.bands) == 1
