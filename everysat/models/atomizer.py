@@ -49,7 +49,9 @@ CODES = tuple(f"{orbit}_{p}" for orbit in ORBITS for p in POLARISATIONS) + TERRA
 
 
 CHUNK_PAIRS = 1 << 16
-"""Pairs of a cell and a token in it that inference holds at once."""
+"""Pairs of a cell and a token in it, and tokens of a stream, that inference holds at once."""
+HELD_ELEMENTS = 256_000_000
+"""Numbers of keys and values that inference holds, 1 GB in single precision. If there were more, they are made in parts for each layer."""
 
 
 class Modality(InputConfig):
@@ -170,6 +172,16 @@ class Cross(nn.Module):
         """Latents ``x`` [place, latent, dim]; keys and values of the places, ``count`` of each."""
         queries = torch.full_like(count, x.shape[1])
         return self.feed(self.reading(x.flatten(0, 1), kv, queries, count).view_as(x))
+
+    def streamed(self, x: Tensor, atoms: Atoms, count: Tensor) -> Tensor:
+        """The same, with keys and values that are made in parts."""
+        ends = torch.cumsum(count, 0).tolist()
+        parts = []
+        for place, (end, there) in enumerate(zip(ends, count.tolist(), strict=True)):
+            starts = range(end - there, end, CHUNK_PAIRS // 4)
+            some = (atoms[slice(a, min(a + CHUNK_PAIRS // 4, end))].projected([self.reading.map])[0] for a in starts)
+            parts.append(self.reading.streamed(x[place], some) if there else x[place])
+        return self.feed(torch.stack(parts))
 
 
 class Self(nn.Module):
@@ -405,16 +417,21 @@ class Atomizer(AnySensor):
         x = self.latents.expand(rows, -1, -1)
         crosses: list[Any] = list(self.crosses)
         maps: list[tuple[nn.LayerNorm, Tensor]] = [cross.reading.map for cross in crosses]
+        width = sum(len(weight) for _, weight in maps) if self.settings.tied else len(maps[0][1])
+        stream = not torch.is_grad_enabled() and len(atoms) * width > HELD_ELEMENTS
         # Tied layers have the same keys and values. Those of other layers are made when they are needed, not held together.
-        held = atoms.projected(maps) if self.settings.tied else []
+        held = atoms.projected(maps) if self.settings.tied and not stream else []
         everywhere = torch.bincount(row, minlength=rows)
         states = []
         for layer in range(self.settings.depth):
             number = min(layer, len(crosses) - 1)
-            kv = held[number] if held else atoms.projected([maps[number]])[0]
             pick = kept[layer] if kept else None
             count = everywhere if pick is None else torch.bincount(row[pick], minlength=rows)
-            x = crosses[number](x, kv if pick is None else kv[pick], count)
+            if stream:
+                x = crosses[number].streamed(x, atoms if pick is None else atoms[pick], count)
+            else:
+                kv = held[number] if held else atoms.projected([maps[number]])[0]
+                x = crosses[number](x, kv if pick is None else kv[pick], count)
             for block in self.selfs[min(layer, len(self.selfs) - 1)]:  # type: ignore[attr-defined]
                 x = block(x)
             states.append(x)

@@ -80,7 +80,7 @@ class Part:
     table: Tensor
     index: Tensor
 
-    def __getitem__(self, keep: Tensor) -> Part:
+    def __getitem__(self, keep: Tensor | slice) -> Part:
         return Part(self.table, self.index[keep])
 
 
@@ -96,7 +96,7 @@ class Atoms:
     def __len__(self) -> int:
         return len(self.value)
 
-    def __getitem__(self, keep: Tensor) -> Atoms:
+    def __getitem__(self, keep: Tensor | slice) -> Atoms:
         parts = tuple(part[keep] for part in self.parts)
         return replace(self, band=self.band[keep], value=self.value[keep], parts=parts)
 

@@ -6,6 +6,8 @@ padded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -79,6 +81,20 @@ class Reading(nn.Module):
         read = self.to_out(torch.cat(parts))
         at = torch.cat(rows)
         return x + read if len(rows) == 1 and len(at) == len(x) else x.index_add(0, at, read.to(x.dtype))
+
+    def streamed(self, x: Tensor, chunks: Iterable[Tensor]) -> Tensor:
+        """Queries ``x`` [n, dim] of one place read keys and values that come in parts, [m, 2 heads head_dim] each, and are not kept: the
+        softmax is summed up on the way (Milakov & Gimelshein 2018)."""
+        q = rearrange(self.to_q(self.norm(x)), "n (h d) -> h n d", h=self.heads)
+        q = q.float() * q.shape[-1] ** -0.5
+        top, total, read = q.new_full((*q.shape[:2], 1), -torch.inf), q.new_zeros(*q.shape[:2], 1), torch.zeros_like(q)
+        for chunk in chunks:
+            k, v = rearrange(chunk.float(), "m (two h d) -> two h m d", two=2, h=self.heads)
+            logit = q @ k.transpose(-1, -2)
+            higher = torch.maximum(top, logit.amax(-1, keepdim=True))
+            weight, fade = torch.exp(logit - higher), torch.exp(top - higher)
+            total, read, top = total * fade + weight.sum(-1, keepdim=True), read * fade + weight @ v, higher
+        return x + self.to_out(rearrange(read / total, "h n d -> n (h d)").to(x.dtype))
 
     def own(self, x: Tensor, kv: Tensor, query: Tensor) -> Tensor:
         """Each query of ``x`` [n, dim] reads a few contexts of its own: ``kv`` [pair, ...] are of the queries ``query`` [pair]."""

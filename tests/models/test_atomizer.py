@@ -96,6 +96,20 @@ def test_the_read_out_of_some_cells_at_a_time_is_that_of_all(model, scene, monke
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("prune", [0.0, 0.3])
+def test_a_stream_is_read_like_what_is_held(scene, monkeypatch, tied, prune) -> None:
+    model = atomizer.build("nano", layers="all", tied=tied, prune=prune).eval()
+    batch = Batch.cat([scene, Batch(scene.places), scene.only("s1")])
+    found = []
+    for held, pairs in ((10**9, 1 << 16), (0, 200)):
+        monkeypatch.setattr(atomizer, "HELD_ELEMENTS", held)
+        monkeypatch.setattr(atomizer, "CHUNK_PAIRS", pairs)
+        with torch.no_grad():
+            found.append(model(model.tokenize(batch), generator=torch.Generator().manual_seed(0)))
+    same(*found)
+
+
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quirks", [(), atomizer.VARIANTS["bmvc"]["quirks"]])
 def test_the_model_is_the_plain_one(generator, tied, quirks) -> None:
     torch.manual_seed(0)
