@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 from benchmarks import plain_atomizer
 from everysat import sensors
 from everysat.models import atomizer, weights
+from everysat.nn.dense import dense_features
 from everysat.nn.spectral import physics
+from everysat.sensors import Band, Sensor
+from everysat.tasks import classify
 from everysat.types import Batch, ContractError, Features, Place, Raster
 
 DAY_S = 86400.0
@@ -372,3 +375,34 @@ def test_published_weights_convert_and_load(tmp_path) -> None:
     loaded = weights.load(tmp_path / "own.safetensors")
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_task_per_pixel_learns_where_things_are(generator) -> None:
+    """Bright ground or dark, per cell of 20 m, from features of one encoder that is trained with its head."""
+    torch.manual_seed(0)
+    encoder = atomizer.build("nano", layers="all")
+    bright = torch.rand(4, 4, generator=generator) > 0.5
+    fine = bright.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    image = 0.2 * torch.randn(1, 3, 8, 8, generator=generator) + 2.0 * fine
+    sensor = Sensor("marked", "classes", (Band("kind", 20.0, "class"),), source="test")
+    label = Raster.of(sensor, bright.float()[None, None], 20.0)
+    batch = place(
+        80.0, x=Raster.of(sensors.get("sentinel-2-l2a").select(("B02", "B03", "B04")), image, 10.0), label=label
+    )
+    task = classify.build("pixel", encoder=encoder, classes={0: "dark", 1: "bright"}, gsd_m=20.0, token_size_m=20.0)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *task.parameters()], lr=1e-2)
+    for _ in range(25):
+        optimizer.zero_grad()
+        terms = task(encoder, batch, generator)
+        terms["loss"].backward()
+        optimizer.step()
+    assert terms["labelled"] == 16
+    said = task.predict(encoder.embed(batch.without("label")), batch).values[0, 1] > 0.5
+    assert torch.equal(said, bright)
+
+
+def test_dense_features_of_a_large_place_come_from_chips(model, generator) -> None:
+    batch = place(200.0, s2=raster("sentinel-2-l2a", 10.0, 20, generator, bands=("B02", "B03", "B04")))
+    found = dense_features(model, batch, 10.0, token_m=20.0, chip_m=100.0, stride_m=100.0)
+    assert found.shape == (1, 32, 20, 20)
+    assert torch.isfinite(found).all()
