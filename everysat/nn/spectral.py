@@ -126,13 +126,15 @@ class AnySensor(Encoder):
 
 
 def listing(name: str, wanted: Input) -> dict[str, Any] | None:
-    """What the config of a model for any sensor says of an input, under ``modalities``; None if it cannot read that layer."""
-    if name == LABEL or not all(physics(wanted.sensor, band) for band in wanted.sensor.bands):
+    """What the config of a model for any sensor says of an input under ``modalities``: the bands that it can read; None without any."""
+    bands = [i for i, band in enumerate(wanted.sensor.bands) if physics(wanted.sensor, band)]
+    if name == LABEL or not bands:
         return None
     known = wanted.sensor.name in sensors.names()
     sensor = wanted.sensor.name if known else {**sensors.to_table(wanted.sensor), "name": wanted.sensor.name}
-    facts = {"sensor": sensor, "bands": list(wanted.sensor.names), "gsd_m": wanted.gsd_m, "dated": wanted.dated}
-    return {**facts, "mean": list(wanted.mean), "std": list(wanted.std)}
+    facts = {"sensor": sensor, "gsd_m": wanted.gsd_m, "dated": wanted.dated}
+    per_band = {"bands": wanted.sensor.names, "mean": wanted.mean, "std": wanted.std}
+    return {**facts, **{key: [values[i] for i in bands] for key, values in per_band.items()}}
 
 
 def _moments(name: str, sensor: Sensor, band: Band, inputs: Iterable[Input]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The recipes of AnySat run on data in the published formats (made up, a few places each) with a small model."""
+"""The recipes of AnySat and RAMEN run on data in the published formats (made up, a few places each) with a small model."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from everysat.recipe import SHIPPED, Recipe
 from everysat.train import train
 
 SMALL = {"dim": 64, "depth": 1, "heads": 4}
+SMALL_RAMEN = {**SMALL, "time_heads": 4, "key_dim": 4}
 FINE = (
-    "treesatai",
-    "pastis_classify",
-    "pastis_segment",
-    "pastis_probe",
-    "flair",
-    "planted",
-    "braddts",
-    "sickle",
-    "timesen2crop",
+    "anysat_treesatai",
+    "anysat_pastis_classify",
+    "anysat_pastis_segment",
+    "anysat_pastis_probe",
+    "anysat_flair",
+    "anysat_planted",
+    "anysat_braddts",
+    "anysat_sickle",
+    "anysat_timesen2crop",
+    "ramen_pastis",
 )
+PRE = ("anysat_geoplex", "ramen_pretrain")
+ON_REAL_DATA = ("berlin", "anysat_berlin", "anysat_joint", "anysat_new_sensor", "ramen_berlin", "atomizer_berlin")
 
 
 def small(name: str, folder, *overrides: str) -> Recipe:
     """The recipe with its datasets replaced by made-up ones, for one step."""
     recipe = Recipe.load(name)
-    options = [f"model.options.{k}={v}" for k, v in SMALL.items()]
+    sizes = SMALL_RAMEN if recipe.model.name.startswith("ramen") else SMALL
+    options = [f"model.options.{k}={v}" for k, v in sizes.items()]
     for part in ("data", "validation"):
         for number, source in enumerate(getattr(recipe, part)):
             root = folder / source.name.split("/")[0]
@@ -46,7 +51,7 @@ def folder(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:No positive samples")  # a class that three made-up places lack
 @pytest.mark.parametrize("name", FINE)
 def test_fine_tuning_runs_on_the_published_format(name, folder) -> None:
-    run = train(small(f"anysat_{name}", folder), restart=True, quiet=True)
+    run = train(small(name, folder), restart=True, quiet=True)
     last = run.log[-1]
     assert last["loss"] > 0
     assert last["labelled"] > 0
@@ -62,16 +67,18 @@ def test_the_joint_recipe_runs_on_real_data(folder, data_dir) -> None:
 
 
 @pytest.mark.slow
-def test_pre_training_runs_on_the_five_datasets_of_geoplex(folder) -> None:
-    sizes = [f"data.{i}.batch_size=2" for i in range(5)]
+@pytest.mark.parametrize("name", PRE)
+def test_pre_training_runs_on_several_published_datasets(name, folder) -> None:
+    sources = Recipe.load(name).data
+    sizes = [f"data.{i}.batch_size=2" for i in range(len(sources))]
     options = ["objective.options.depth=1", "objective.options.heads=4"]
-    run = train(small("anysat_geoplex", folder, "steps=8", *sizes, *options), restart=True, quiet=True)
-    assert len({key for row in run.log for key in row if key.startswith("loss_")}) >= 3
+    options += ["objective.options.dim=32"] if name.startswith("ramen") else []
+    run = train(small(name, folder, "steps=8", *sizes, *options), restart=True, quiet=True)
+    assert len({key for row in run.log for key in row if key.startswith("loss_")}) >= min(3, len(sources))
 
 
-def test_every_fine_tuning_recipe_is_tested_here() -> None:
-    shipped = {f.stem.removeprefix("anysat_") for f in SHIPPED.glob("anysat_*.yaml")}
-    assert shipped == {*FINE, "geoplex", "berlin", "joint", "new_sensor"}
+def test_every_recipe_is_tested_here_or_on_real_data() -> None:
+    assert {f.stem for f in SHIPPED.glob("*.yaml")} == {*FINE, *PRE, *ON_REAL_DATA}
 
 
 def test_a_new_sensor_learns_and_the_rest_stays(folder) -> None:
