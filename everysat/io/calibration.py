@@ -12,7 +12,7 @@ from everysat.io.plane import Plane
 from everysat.sensors import UNITS, Band, Sensor
 from everysat.types import ContractError
 
-STORED = ("auto", "digital", "physical")
+STORED = ("auto", "digital", "physical", "linear")
 CODED = ("class", "bits")
 """Units whose values are codes: never averaged, never scaled."""
 _DIMENSIONLESS = ("reflectance", "ratio", "linear", "probability", "class", "bits", "DN")
@@ -28,7 +28,8 @@ _OFFSET_SINCE_S = 1643068800.0  # 2022-01-25
 @dataclass(frozen=True)
 class Calibration:
     """``number * scale + offset`` is in the unit of ``band``. Called with digital numbers and where they are valid, gives
-    float32 with NaN where invalid; ``power`` gives linear power instead of dB, in which radar is averaged.
+    float32 with NaN where invalid; ``power`` gives linear power instead of dB, in which radar is averaged. ``linear`` says
+    that the numbers are linear power, which become dB.
 
     Raises (when called):
         ContractError: most values lie outside the band's plausible range, or the scale was applied already.
@@ -41,6 +42,7 @@ class Calibration:
     nodata: float | None
     by_table: bool
     power: bool = False
+    linear: bool = False
 
     def __call__(self, numbers: np.ndarray, valid: np.ndarray) -> np.ndarray:
         if self.nodata is not None:
@@ -49,6 +51,9 @@ class Calibration:
         if (self.scale, self.offset) != (1.0, 0.0):
             values = values * np.float32(self.scale) + np.float32(self.offset)
         values[~valid] = np.nan
+        if self.linear:
+            # Noise removal leaves powers at or below zero, which have no logarithm: nothing was measured there.
+            values = 10 * np.log10(np.where(values > 0, values, np.nan))
         self.check(numbers, values)
         if self.power:
             values = 10 ** (values / 10)
@@ -115,6 +120,12 @@ def calibration(
     unit = spelled(plane.unit)
     fits = unit == band.unit or (unit == "1" and band.unit in _DIMENSIONLESS)
     given = (plane.scale or 1.0, plane.offset or 0.0) if plane.scale is not None or plane.offset is not None else None
+    if stored == "linear" and band.unit == "ratio":
+        stored = "auto"  # of the two bands in dB, which is made while reading
+    if stored == "linear" or (stored == "auto" and unit == "linear" and band.unit == "dB"):
+        if band.unit != "dB":
+            raise ContractError(f"stored='linear' is for radar; {band.name} of {sensor.name} is in {band.unit}")
+        return Calibration(band, plane.name, 1.0, 0.0, None, False, linear=True)
     if band.unit in CODED:
         return Calibration(band, plane.name, 1.0, 0.0, None if plane.nodata is not None else band.nodata, False)
     if stored == "physical" or (stored == "auto" and plane.is_float and fits and given is None):

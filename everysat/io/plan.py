@@ -220,12 +220,13 @@ def _parts(found: list[Found], gsd: float, options: Options) -> tuple[Part, ...]
     sizes = sorted({native_gsd(f) for f in found})
     native = found[0].band.gsd_m
     best = next((s for s in sizes if abs(s / gsd - 1) < 1e-3), native if native in sizes else sizes[0])
-    same = [f for f in found if native_gsd(f) == best]
-    grids: dict[GeoBox, Found] = {}
+    same = sorted((f for f in found if native_gsd(f) == best), key=lambda f: -f.plane.rank)
+    grids: dict[tuple[GeoBox, int], Found] = {}
     for f in same:
-        if f.plane.geobox in grids:
-            raise ValueError(_twice(grids[f.plane.geobox], f))
-        grids[f.plane.geobox] = f
+        spot = f.plane.geobox, f.plane.rank
+        if spot in grids:
+            raise ValueError(_twice(grids[spot], f))
+        grids[spot] = f
     return tuple(
         Part(f.plane, calibration(f.plane, f.sensor, f.band, options.stored, options.processing_baseline)) for f in same
     )

@@ -22,7 +22,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from everysat.io import dates, grid, labels
+from everysat.io import dates, grid, labels, remote
 from everysat.io.dates import Span
 from everysat.sensors import Sensor
 
@@ -44,12 +44,17 @@ class Handles:
     def get(self, path: str, opener: Callable[[str], Any]) -> tuple[Any, threading.Lock]:
         key = path, _stamp(path)
         with self._lock:
-            if key not in self._open:
+            if key not in self._open and not remote.is_remote(path):
                 self._open[key] = (opener(path), threading.Lock())
-                if len(self._open) > OPEN_FILES:
-                    self._open.popitem(last=False)
+            found = self._open.get(key)
+        if found is None:  # many servers answer at the same time, so nobody waits for another's
+            found = opener(path), threading.Lock()
+        with self._lock:
+            found = self._open.setdefault(key, found)
             self._open.move_to_end(key)
-            return self._open[key]
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+            return found
 
     def forget(self) -> None:
         """Start anew: what a forked process inherits shares file positions and locks with its parent."""
@@ -72,11 +77,15 @@ if hasattr(os, "register_at_fork"):
 
 def unreadable(path: str, error: Exception) -> OSError:
     """The error for a file that is there and cannot be read."""
-    return OSError(f"{path} cannot be read: it is truncated, corrupt or of an unknown format ({error}). Fetch it again")
+    return OSError(
+        f"{remote.parts(path)[0]} cannot be read: it is truncated, corrupt or of an unknown format ({error}). Fetch it again"
+    )
 
 
 def open_raster(path: str) -> Any:
     """A rasterio dataset; an error that names the file when it cannot be opened."""
+    if remote.is_remote(path):
+        return remote.RemoteDataset(path)
     if "://" not in path and not path.startswith("/vsi") and not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -117,7 +126,8 @@ class Plane:
 
     ``geobox`` is north-up (``flip`` says which axes of the stored array run the other way). ``nodata``, ``scale``,
     ``offset`` and ``unit`` are what the file itself says, None or empty when it does not. ``alpha`` marks a band that says
-    where the others are valid, or that some writer took for such a one because it was the fourth.
+    where the others are valid, or that some writer took for such a one because it was the fourth. Of planes of one band and
+    time on one grid, those of higher ``rank`` lie over the others; with one rank for both, one of them is too many.
     """
 
     source: str
@@ -135,6 +145,7 @@ class Plane:
     tags: Mapping[str, Any] = field(default_factory=dict, repr=False)
     sensor: Sensor | None = None
     alpha: bool = False
+    rank: int = 0
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from odc.geo.geobox import GeoBox
 
-from everysat.io import grid, warp
+from everysat.io import grid, remote, warp
 from everysat.io.calibration import CODED, Calibration
 from everysat.io.dates import Span
 from everysat.io.plane import Plane
@@ -71,16 +71,15 @@ class LayerPlan:
             (obs, band), parts = item
             values[obs, band] = _filled([p.plane for p in parts], self._reader(parts, target))
 
-        if target.shape[0] * target.shape[1] < _LARGE or len(self.parts) == 1:
-            for item in self.parts.items():
-                fill(item)
-        else:
-            with ThreadPoolExecutor(min(len(self.parts), os.cpu_count() or 1)) as pool:
-                list(pool.map(fill, self.parts.items()))
-        valid = np.isfinite(values)
-        for obs, masks in enumerate(self.masks):
-            for mask in masks:
-                valid[obs] &= mask.read(target)
+        clear = np.ones((shape[0], 1, *target.shape), bool)
+
+        def cover(obs: int) -> None:
+            for mask in self.masks[obs]:
+                clear[obs] &= mask.read(target)
+
+        self._do(fill, list(self.parts.items()), target)
+        self._do(cover, [obs for obs, masks in enumerate(self.masks) if masks], target)
+        valid = np.isfinite(values) & clear
         values[~valid] = 0.0
         times = torch.tensor(self.times, dtype=torch.float64).reshape(-1, 2)
         return Raster(
@@ -91,6 +90,17 @@ class LayerPlan:
             torch.zeros(shape[0], dtype=torch.int64),
             self.gsd_m,
         )
+
+    def _do(self, work: Callable[[Any], None], items: list[Any], target: GeoBox) -> None:
+        """``work`` on each item, in threads where these are worth their start; each holds one window of pixels."""
+        distant = any(remote.is_remote(part.plane.source) for parts in self.parts.values() for part in parts)
+        threads = remote.THREADS if distant else os.cpu_count() or 1
+        if len(items) < 2 or (not distant and target.shape[0] * target.shape[1] < _LARGE):
+            for item in items:
+                work(item)
+            return
+        with ThreadPoolExecutor(min(len(items), threads)) as pool:
+            list(pool.map(work, items))
 
     def _reader(self, parts: tuple[Part, ...], target: GeoBox) -> Callable[[Plane], np.ndarray]:
         calibrations = {id(part.plane): part.calibration for part in parts}

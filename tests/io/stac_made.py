@@ -1,0 +1,84 @@
+"""STAC items over real Cloud-Optimized GeoTIFFs, as a static catalogue or for the search server in ``tests/loopback.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from affine import Affine
+from rasterio.warp import transform_bounds
+
+
+def cog(path: Path, values: np.ndarray, transform: Affine, crs: Any, **more: Any) -> Path:
+    """A Cloud-Optimized GeoTIFF of ``values`` [y, x] or [band, y, x], deflated, in tiles of 128 pixels."""
+    values = values if values.ndim == 3 else values[None]
+    count, height, width = values.shape
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile = {
+        "count": count,
+        "height": height,
+        "width": width,
+        "dtype": values.dtype.name,
+        "crs": crs,
+        "transform": transform,
+    }
+    with rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", **profile, **more) as file:
+            file.write(values)
+        with memory.open() as file:
+            rasterio.shutil.copy(file, path, driver="COG", BLOCKSIZE=128, COMPRESS="DEFLATE", OVERVIEWS="NONE")
+    return path
+
+
+def item(
+    root: Path, base: str, name: str, collection: str, when: Any, assets: Mapping[str, Path], **facts: Any
+) -> dict[str, Any]:
+    """An item whose ``assets`` lie below ``root``, which is at ``base``; ``when`` is a datetime, a pair, or None."""
+    with rasterio.open(next(iter(assets.values()))) as file:
+        bbox = list(transform_bounds(file.crs, "EPSG:4326", *file.bounds))
+    times = {"datetime": when}
+    if not isinstance(when, str):
+        times = {"datetime": None, **dict(zip(("start_datetime", "end_datetime"), when or (), strict=False))}
+    if when is None:
+        times = {"datetime": "2021-01-01T00:00:00Z"}
+    ring = [[bbox[i], bbox[j]] for i, j in ((0, 1), (2, 1), (2, 3), (0, 3), (0, 1))]
+    return {
+        "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": collection, "bbox": bbox,
+        "geometry": {"type": "Polygon", "coordinates": [ring]}, "links": [], "properties": {**times, **facts},
+        "assets": {key: {"href": f"{base}/{path.relative_to(root).as_posix()}"} for key, path in assets.items()},
+    }  # fmt: skip
+
+
+def collection(name: str) -> dict[str, Any]:
+    extent = {"spatial": {"bbox": [[-180, -90, 180, 90]]}, "temporal": {"interval": [[None, None]]}}
+    told = {
+        "type": "Collection",
+        "id": name,
+        "stac_version": "1.0.0",
+        "description": "made",
+        "license": "other",
+        "links": [],
+    }
+    return {**told, "extent": extent}
+
+
+def static(folder: Path, items: Iterable[Mapping[str, Any]]) -> Path:
+    """A static catalogue of ``items`` in ``folder``; returns its ``catalog.json``."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for each in items:
+        grouped.setdefault(each["collection"], []).append(each)
+    for name, some in grouped.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for each in some:
+            (folder / name / f"{each['id']}.json").write_text(json.dumps(each))
+        links = [{"rel": "item", "href": f"./{each['id']}.json"} for each in some]
+        (folder / name / "collection.json").write_text(json.dumps({**collection(name), "links": links}))
+    root = {"type": "Catalog", "id": "made", "stac_version": "1.0.0", "description": "made"}
+    links = [{"rel": "child", "href": f"./{name}/collection.json"} for name in grouped]
+    (folder / "catalog.json").write_text(json.dumps({**root, "links": links}))
+    return folder / "catalog.json"
