@@ -33,7 +33,8 @@ def modality(name: str, codes: list[Any], gsd_m: float) -> dict[str, Any]:
             band["wavelength_um"] = code / 1000.0
         bands.append(band)
     table = {"name": name, "kind": kind, "source": "fixture", "bands": bands}
-    return {"sensor": table, "bands": [band["name"] for band in bands], "gsd_m": gsd_m}
+    plain = {"mean": [0.0] * len(bands), "std": [1.0] * len(bands)}
+    return {"sensor": table, "bands": [band["name"] for band in bands], "gsd_m": gsd_m, **plain}
 
 
 def layer(described: dict[str, Any], values: Tensor, dates: Tensor | None) -> Raster:

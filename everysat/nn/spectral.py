@@ -89,9 +89,15 @@ class AnySensor(Encoder):
         or all bands if it lists none of them, with their moments.
 
         Raises:
-            ContractError: a band without physics, or in a unit of which the contract knows no moments.
+            ContractError: a listed layer without moments, a band without physics, or in a unit of which the contract knows no moments.
         """
         listed = self.inputs.get(name)
+        if listed is not None and self.config["modalities"][name].get("mean") is None:
+            raise ContractError(
+                f"the model has no mean and std for layer {name!r}, and its input must be normalised. Compute them (everysat stats ... "
+                "-o stats.json) and load the model with statistics='stats.json'; in a recipe, set model.statistics to data; for "
+                "values that are normalised already, give mean 0 and std 1"
+            )
         same = listed if listed is not None and listed.sensor.name == raster.sensor.name else None
         chosen = [b for b in raster.sensor.names if same is not None and b in same.sensor] or list(raster.sensor.names)
         raster = raster if chosen == list(raster.sensor.names) else raster.select(chosen)

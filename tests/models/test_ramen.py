@@ -207,6 +207,9 @@ def test_a_band_without_physics_or_moments_is_refused_by_name() -> None:
     odd = raster("era5", ["t2m"], 4, 10.0)
     with pytest.raises(ContractError, match="no wavelength, polarisation or terrain quantity"):
         model().embed(odd)
+    listed = {"s2": {"sensor": "sentinel-2-l2a", "bands": ["B03"], "gsd_m": 10}}
+    with pytest.raises(ContractError, match="no mean and std for layer 's2'"):
+        model(modalities=listed).embed(scene())
     spot = raster("spot-6-7", ["red"], 4, 1.5)
     with pytest.raises(ContractError, match="everysat stats"):
         model().embed(spot)
