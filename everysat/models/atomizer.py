@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ CODES = tuple(f"{orbit}_{p}" for orbit in ORBITS for p in POLARISATIONS) + TERRA
 """Bands without a wavelength, which have learned codes."""
 
 
-CHUNK_PAIRS = 1 << 16
+CHUNK_PAIRS = 1 << 15
 """Pairs of a cell and a token in it, and tokens of a stream, that inference holds at once."""
 HELD_ELEMENTS = 256_000_000
 """Numbers of keys and values that inference holds, 1 GB in single precision. If there were more, they are made in parts for each layer."""
@@ -178,8 +179,8 @@ class Cross(nn.Module):
         ends = torch.cumsum(count, 0).tolist()
         parts = []
         for place, (end, there) in enumerate(zip(ends, count.tolist(), strict=True)):
-            starts = range(end - there, end, CHUNK_PAIRS // 4)
-            some = (atoms[slice(a, min(a + CHUNK_PAIRS // 4, end))].projected([self.reading.map])[0] for a in starts)
+            starts = range(end - there, end, CHUNK_PAIRS // 2)
+            some = (atoms[slice(a, min(a + CHUNK_PAIRS // 2, end))].projected([self.reading.map])[0] for a in starts)
             parts.append(self.reading.streamed(x[place], some) if there else x[place])
         return self.feed(torch.stack(parts))
 
@@ -196,14 +197,18 @@ class Self(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """Features of cells: a query of the cell's position reads the latents of its place and, if ``local``, the tokens in the cell."""
+    """Features of cells: a query of the cell's position reads the latents of its place and, if ``local``, the tokens in the cell.
+
+    Those pass a layer of their own first: in a mean of vectors that add up the codes of band and value, it would be lost which value
+    is of which band. (Latents tell them apart by what each of them attends to.)"""
 
     def __init__(self, config: Config, context: int) -> None:
         super().__init__()
         self.embed = nn.Linear(2 * config.place_code.dim + 1, config.dim)
         self.latents = Reading(config.dim, config.dim, config.heads, config.head_dim)
-        sizes = (config.cross_heads, config.cross_head_dim)
-        self.own = Reading(config.dim, context, *sizes) if config.local else None
+        self.own = Reading(config.dim, config.dim, config.heads, config.head_dim) if config.local else None
+        if config.local:
+            self.token_norm, self.token = nn.LayerNorm(context), nn.Linear(context, config.dim)
         self.feed, self.norm = GatedMlp(config.dim), nn.LayerNorm(config.dim)
 
     def forward(self, code: Tensor, latents: Tensor, cells: Tensor, atoms: Atoms | None, query: Tensor) -> Tensor:
@@ -211,23 +216,27 @@ class ReadOut(nn.Module):
         kv = self.latents.to_kv(self.latents.context_norm(latents)).flatten(0, 1)
         x = self.latents(self.embed(code), kv, cells, torch.full_like(cells, latents.shape[1]))
         if self.own is not None and atoms is not None and len(atoms):
-            x = self._with_own(self.own, x, atoms, query)
+            x = self._with_own(x, atoms, query)
         return self.norm(self.feed(x))
 
-    @staticmethod
-    def _with_own(own: Reading, x: Tensor, atoms: Atoms, query: Tensor) -> Tensor:
+    def _with_own(self, x: Tensor, atoms: Atoms, query: Tensor) -> Tensor:
         """In inference, some cells at a time."""
         if torch.is_grad_enabled() or len(atoms) <= CHUNK_PAIRS:
-            return own.own(x, atoms.projected([own.map])[0], query)
+            return self._some_with_own(x, atoms, query)
         order = torch.argsort(query, stable=True)
         ends = torch.cumsum(torch.bincount(query, minlength=len(x)), 0)
         parts, cell, done = [], 0, 0
         while cell < len(x):
             last = max(cell + 1, int(torch.searchsorted(ends, done + CHUNK_PAIRS, right=True)))
             pick, done = order[done : int(ends[last - 1])], int(ends[last - 1])
-            parts.append(own.own(x[cell:last], atoms[pick].projected([own.map])[0], query[pick] - cell))
+            parts.append(self._some_with_own(x[cell:last], atoms[pick], query[pick] - cell))
             cell = last
         return torch.cat(parts)
+
+    def _some_with_own(self, x: Tensor, atoms: Atoms, query: Tensor) -> Tensor:
+        assert self.own is not None
+        hidden = F.gelu(atoms.projected([(self.token_norm, self.token.weight)])[0] + self.token.bias)
+        return self.own.own(x, self.own.to_kv(self.own.context_norm(hidden)), query)
 
 
 class Atomizer(AnySensor):
