@@ -18,7 +18,8 @@ in time, whose date the files do not give); ``dem``, ``canopy-height``; ``worldc
 the year of the image; ``era5`` (the place's mean temperature, its minimum and maximum, and rain, of the month before, of the month, and of the 13 months that
 end with it); ``scl``; ``biome`` and ``ecoregion`` as codes of the place.
 
-Against the published loader: codes of ``dynamic_world`` are moved to the product's, 0 is no data; canopy height is stored in 8 bits, in which its
+Against the published loaders: the wavelengths that RAMEN gives the channels take B8A for B08 and the reverse, here bands have the order of
+the file; codes of ``dynamic_world`` are moved to the product's, 0 is no data; canopy height is stored in 8 bits, in which its
 no-data value 255 cannot stand, so that whatever is not 0 to 100 m is invalid; backscatter of exactly 0 dB is the edge of an image. Sentinel-2 is of
 collections without the offset of baseline 04.00. Taken from the published programs that wrote the files, not from the files themselves: the order
 of channels, the period of ``era5``, and that no-data is -inf (Sentinel-1) and NaN (``era5``).

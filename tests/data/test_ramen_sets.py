@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from everysat.data import mmearth
-from everysat.io import dates
+from everysat.data import mmearth, worldstrat
+from everysat.io import arrays, dates
 
 
 def made(module, folder: Path, **options) -> Path:
@@ -164,3 +166,130 @@ class TestMMEarth:
         assert data.fingerprint() != mmearth.build(root=root, clouds=False).fingerprint()
         assert data.fingerprint() != mmearth.build(root=root, modalities=["s2"]).fingerprint()
         assert math.isclose(data.rows.sum(), 15)
+
+
+class TestWorldStrat:
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        return made(worldstrat, tmp_path, revisits=4)
+
+    def test_pixels_and_days_are_those_of_the_files(self, root: Path) -> None:
+        data = worldstrat.build(root=root, modalities=[n for n in worldstrat.LAYERS if n != "label"], split="test")
+        table = pd.read_csv(root / "metadata.csv", index_col=0)
+        for i, site in enumerate(data.sites):
+            batch, lines = data[i], table.loc[site.name].set_index("n")
+            order = sorted(lines.index, key=lambda n: lines["lowres_date"][n])
+            assert order != sorted(order), "revisits are numbered by cloud or nearness, not by day"
+            for name, level, count in (("s2", "L2A", 12), ("s2-l1c", "L1C", 13)):
+                raster = batch.raster(name)
+                assert raster.time_s.tolist() == [list(dates.span(lines["lowres_date"][n])) for n in order]
+                for k, n in enumerate(order):
+                    path = root / "lr_dataset" / site.name / level / f"{site.name}-{n}-{level}_data.tiff"
+                    stored = arrays.tiff(path)[0]
+                    assert stored.shape[0] == count
+                    assert raster.values[k].numpy() == pytest.approx(stored)
+                    assert (raster.valid[k].numpy() == (stored != 0).any(0)).all()
+            for name, ending, gsd in (("spot", "ps", 1.5), ("spot-ms", "rgbn", 6.0), ("spot-pan", "pan", 1.5)):
+                raster = batch.raster(name)
+                stored = arrays.tiff(root / "hr_dataset" / site.name / f"{site.name}_{ending}.tiff")[0]
+                assert (raster.values[0].numpy() == stored).all()
+                assert raster.time_s[0].tolist() == list(dates.span(lines["highres_date"].iloc[0]))
+                assert raster.gsd_m == gsd
+            assert batch.raster("spot").sensor.names == ("red", "green", "blue", "nir")
+            assert batch.places[0].lonlat == pytest.approx(tuple(lines.iloc[0][["lon", "lat"]]))
+
+    def test_the_training_part_neither_holds_nor_touches_what_is_tested(self, root: Path) -> None:
+        def names(split: str, **options) -> list[str]:
+            return [site.name for site in worldstrat.build(root=root, split=split, **options).sites]
+
+        assert names("train") == ["Landcover-773616", "ASMSpotter-2-1-1"]
+        assert names("train", published_split=True) == ["Landcover-773616", "ASMSpotter-1-1-1", "ASMSpotter-2-1-1"]
+        assert names("test") == names("test", published_split=True) == ["Landcover-771433", "ASMSpotter-1-1-2"]
+        listed = pd.read_csv(root / worldstrat.SPLIT_FILE, index_col=0)
+        listed.loc[len(listed)] = {**listed.iloc[0], "split": "test"}
+        listed.to_csv(root / worldstrat.SPLIT_FILE)
+        assert names("train") == ["ASMSpotter-2-1-1"]
+        assert "Landcover-773616" in names("test")
+
+    @pytest.mark.parametrize(
+        ("name", "ground"),
+        [
+            ("Amnesty POI-20-2-2", "Amnesty POI-20"),
+            ("ASMSpotter-7-2-1", "ASMSpotter-7"),
+            ("Landcover-743-0", "Landcover-743-0"),
+            ("UNHCR-GHAs003590", "UNHCR-GHAs003590"),
+        ],
+    )
+    def test_neighbours_have_a_name_in_common(self, name: str, ground: str) -> None:
+        assert worldstrat._ground(name) == ground
+
+    def test_parts_make_up_the_site(self, tmp_path: Path) -> None:
+        root = made(worldstrat, tmp_path, side_m=90.0)
+        whole, parts = worldstrat.build(root=root), worldstrat.build(root=root, parts=2)
+        assert len(parts) == 4 * len(whole)
+        quarters = [parts[4 + i] for i in range(4)]
+        for name in ("spot", "s2"):
+            full = whole[1].raster(name).values
+            size = full.shape[-1] // 2
+            for i, quarter in enumerate(quarters):
+                values = quarter.raster(name).values
+                assert values.shape[-2:] == (size, size)
+                row, column = (round(full.shape[-1] * k / 2) for k in divmod(i, 2))
+                assert values.equal(full[..., row : row + size, column : column + size])
+        lons, lats = zip(*(quarter.places[0].lonlat for quarter in quarters), strict=True)
+        lon, lat = whole[1].places[0].lonlat
+        assert (np.mean(lons), np.mean(lats)) == pytest.approx((lon, lat))
+        assert lats[0] > lat > lats[2]
+        assert lons[0] < lon < lons[1]
+        assert (lats[0] - lats[2]) * 111195 == pytest.approx(45.0)
+
+    def test_clouds_by_scene_and_by_pixel(self, root: Path) -> None:
+        every = worldstrat.build(root=root, modalities=["s2"])
+        some = worldstrat.build(root=root, modalities=["s2"], max_cloud=20.0)
+        assert [n for n, _ in every.sites[0].revisits] == [1, 2, 3, 4]
+        assert [n for n, _ in some.sites[0].revisits] == [1, 3, 4]
+        assert [n for n, _ in worldstrat.build(root=root, revisits=2).sites[0].revisits] == [1, 2]
+        site = every.sites[0]
+        clear = worldstrat.build(root=root, modalities=["s2"], clouds=False)[0].raster("s2")
+        masks = {
+            day[0]: arrays.tiff(root / "lr_dataset" / site.name / "L2A" / f"{site.name}-{n}-CLM.tiff")[0][0]
+            for n, day in site.revisits
+        }
+        seen = every[0].raster("s2").valid.numpy()
+        for k, start in enumerate(clear.time_s[:, 0].tolist()):
+            assert (clear.valid[k].numpy() == (seen[k] & (masks[start] != 1))).all()
+
+    def test_what_is_missing_is_named_or_left_out_when_allowed(self, root: Path) -> None:
+        name = worldstrat.build(root=root).sites[0].name
+        (root / "lr_dataset" / name / "L2A" / f"{name}-2-L2A_data.tiff").unlink()
+        with pytest.raises(FileNotFoundError, match=f"{name}-2-L2A_data"):
+            worldstrat.build(root=root)[0]
+        assert len(worldstrat.build(root=root, allow_missing=True)[0].raster("s2").row) == 3
+        shutil.rmtree(root / "lr_dataset" / name)
+        shutil.rmtree(root / "hr_dataset" / name)
+        assert len(worldstrat.build(root=root, allow_missing=True)) == len(worldstrat.build(root=root)) - 1
+        (root / "hr_dataset").rename(root / "12bit")
+        (root / "hr_dataset").mkdir()
+        (root / "12bit").rename(root / "hr_dataset" / "12bit")
+        left = worldstrat.build(root=root, allow_missing=True)
+        assert {"spot", "s2"} < set(left[0].layers), "the folder within, as in the archive at Kaggle"
+
+    def test_a_site_without_a_class_is_not_labelled_and_an_unknown_one_is_an_error(self, root: Path) -> None:
+        path = root / worldstrat.SPLIT_FILE
+        text = path.read_text()
+        path.write_text(text.replace("773616,Agriculture", "773616,"))
+        assert not worldstrat.build(root=root)[0].raster("label").valid.any()
+        assert worldstrat.build(root=root)[1].raster("label").valid.all()
+        path.write_text(text.replace("773616,Agriculture", "773616,Tundra"))
+        with pytest.raises(ValueError, match="'Landcover-773616' is of the class 'Tundra'"):
+            worldstrat.build(root=root)
+
+    def test_digital_numbers_are_told_from_reflectance(self, root: Path) -> None:
+        for path in (root / "lr_dataset").rglob("*-L2A_data.tiff"):
+            values = arrays.tiff(path)[0]
+            path.unlink()
+            arrays.write_tiff(path, (values * 1e4).astype(np.uint16))
+        with pytest.raises(ValueError, match=r"L2A_data.tiff.*stored='numbers'"):
+            worldstrat.build(root=root)[0]
+        raster = worldstrat.build(root=root, stored="numbers")[0].raster("s2")
+        assert 0.2 < raster.values[raster.valid].mean() < 0.4
