@@ -305,13 +305,6 @@ class Atomizer(AnySensor):
 
     def _values(self, name: str, raster: Raster, channels: dict[str, Channel]) -> tuple[Tensor, Coords]:
         """Valid values of a layer, normalised, with their coordinates; adds its bands to ``channels``."""
-        listed = self.settings.modalities.get(name)
-        if listed is not None and listed.mean is None:
-            raise ContractError(
-                f"the model has no mean and std for layer {name!r}, and its input must be normalised. Compute them with "
-                "`everysat stats`, then load(..., statistics=FILE); in a recipe, set model.statistics to data; for values that "
-                "are normalised already, give mean 0 and std 1"
-            )
         raster, wanted = self.contracted(name, raster)
         first = len(channels)
         for band in raster.sensor.bands:
