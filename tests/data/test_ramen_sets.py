@@ -1,5 +1,5 @@
-"""MMEarth, WorldStrat, BigEarthNet, SpaceNet7 and BioMassters beyond the laws of tests/data/test_published.py: values against the
-bytes of the files, and, where there are real samples, the facts that the readers rest on."""
+"""MMEarth and WorldStrat beyond the laws of tests/data/test_published.py: values against the bytes of the files, and the defects of
+the published loaders and splits that they do not share."""
 
 from __future__ import annotations
 
