@@ -15,7 +15,7 @@ _WHERE = {
     "Objective": "types", "Place": "types", "Raster": "types", "Task": "types", "Text": "types", "Tokens": "types", "Vector": "types",
     "Band": "sensors", "Sensor": "sensors",
     "load": "models.weights", "save": "models.weights",
-    "read": "io.read", "place": "io.read",
+    "read": "io.read", "place": "io.read", "places": "io.fields", "read_each": "io.fields",
     "write": "io.write",
     "Recipe": "recipe",
 }  # fmt: skip

@@ -18,12 +18,26 @@ app = typer.Typer(
 Files = Annotated[
     list[str], typer.Argument(help="GeoTIFF, COG, JP2, NetCDF or Zarr; one band or many, one date or many")
 ]
+AnyFiles = Annotated[
+    list[str] | None,
+    typer.Argument(help="GeoTIFF, COG, JP2, NetCDF or Zarr; or none, with --place and --period", show_default=False),
+]
 Model = Annotated[str, typer.Argument(help="a saved model (.safetensors), or a name such as omnisat/treesat")]
 Sensor = Annotated[str | None, typer.Option(help="name or .toml of the files' sensor, where they do not tell")]
 Times = Annotated[
     list[str] | None, typer.Option("--time", help="date of each file, where they do not tell (2024-05-31)")
 ]
-Where = Annotated[str | None, typer.Option("--place", help="GeoJSON/GPKG, raster, or west,south,east,north in degrees")]
+Where = Annotated[
+    str | None,
+    typer.Option("--place", help="GeoJSON/GPKG, raster, west,south,east,north or lon,lat,size_m (degrees, metres)"),
+]
+Period = Annotated[
+    str | None, typer.Option(help="instead of files: 2024, 2024-06, or 2024-04-01/2024-09-30, from a source")
+]
+Source = Annotated[
+    str | None,
+    typer.Option(help="instead of files: earth-search, planetary-computer, a STAC address or catalog.json, or a .toml"),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="change one entry, such as steps=2000 or model.options.dim=64")
 ]
@@ -161,9 +175,9 @@ def finetune(recipe: str, settings: Settings = None, quiet: Quiet = False) -> No
 @app.command()
 def evaluate(
     model: Model,
-    files: Files,
     labels: Annotated[Path, typer.Option(help="polygons (GPKG, GeoJSON, GeoParquet)")],
     column: Annotated[str, typer.Option(help="which attribute holds the class")],
+    files: AnyFiles = None,
     how: Annotated[str, typer.Option(help="probe (logistic regression) or knn")] = "probe",
     fractions: Annotated[str, typer.Option(help="shares of the training polygons that are labelled")] = "0.02,0.1,1",
     seeds: Annotated[int, typer.Option(help="draws of training labels")] = 5,
@@ -176,6 +190,8 @@ def evaluate(
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    period: Period = None,
+    source: Source = None,
     at: At = None,
     quiet: Quiet = False,
 ) -> None:
@@ -185,7 +201,7 @@ def evaluate(
     encoder = _encoder(model, at)
     table = polygons.compare(
         {Path(model).stem: encoder},
-        _scene(files, encoder, sensor, times, place).read(),
+        _scene(files, encoder, sensor, times, place, period, source).read(),
         labels,
         column,
         fractions=[float(part) for part in fractions.split(",")],
@@ -205,8 +221,8 @@ def evaluate(
 @app.command()
 def predict(
     model: Model,
-    files: Files,
     out: Annotated[Path, typer.Option("--out", "-o", help="map, a Cloud-Optimized GeoTIFF")],
+    files: AnyFiles = None,
     labels: Annotated[
         Path | None, typer.Option(help="polygons to learn the classes from, for a model without a task")
     ] = None,
@@ -216,6 +232,8 @@ def predict(
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    period: Period = None,
+    source: Source = None,
     at: At = None,
     quiet: Quiet = False,
 ) -> None:
@@ -227,12 +245,12 @@ def predict(
     if labels is None:
         encoder, task = weights.load_task(model)
         mapper: Any = polygons.task_mapper(encoder, task)
-        scene = _scene(files, encoder, sensor, times, place)
+        scene = _scene(files, encoder, sensor, times, place, period, source)
     else:
         if column is None:
             raise ValueError("--labels needs --column, the attribute that holds the class")
         encoder = _encoder(model, at)
-        scene = _scene(files, encoder, sensor, times, place)
+        scene = _scene(files, encoder, sensor, times, place, period, source)
         mapper = polygons.probe_mapper(encoder, scene.read(), labels, column, gsd_m=gsd_m, shifts=shifts)
     for what, path in run(mapper, scene, out, quiet=quiet).items():
         print(f"{what}: {path}")
@@ -241,11 +259,13 @@ def predict(
 @app.command()
 def embed(
     model: Model,
-    files: Files,
     out: Annotated[Path, typer.Option("--out", "-o", help=".zarr, .tif or .parquet")],
+    files: AnyFiles = None,
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    period: Period = None,
+    source: Source = None,
     at: At = None,
     quiet: Quiet = False,
 ) -> None:
@@ -256,7 +276,7 @@ def embed(
     from everysat.types import Features
 
     encoder = _encoder(model, at)
-    scene = _scene(files, encoder, sensor, times, place)
+    scene = _scene(files, encoder, sensor, times, place, period, source)
     mapper = polygons.dense(encoder, polygons.token_m(encoder))
     if out.suffix in (".tif", ".tiff"):
         print(run(mapper, scene, out, quiet=quiet)["features"])
@@ -321,12 +341,29 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
     return settings(given or ())
 
 
-def _scene(files: list[str], encoder: Any, sensor: str | None, times: list[str] | None, place: str | None) -> Any:
+def _scene(
+    files: list[str] | None,
+    encoder: Any,
+    sensor: str | None,
+    times: list[str] | None,
+    place: str | None,
+    period: str | None,
+    source: str | None,
+) -> Any:
+    """Files over a place, or without files what a source has of a place in a period."""
     from everysat.io import read
 
-    inputs = encoder.reads
-    where = _where(place, min((i.gsd_m for i in inputs.values()), default=None) if inputs else None)
-    return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs)
+    where = _where(place, min(i.gsd_m for i in encoder.inputs.values()))
+    if files:
+        if period or source:
+            raise ValueError("give either files, or --period and --source of a --place, not both")
+        return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=encoder.inputs)
+    if where is None:
+        raise ValueError("give files, or a --place and a --period")
+    if sensor or times:
+        raise ValueError("--sensor and --time are for files: the source of a --place knows them")
+    when = tuple(period.split("/")) if period and "/" in period else period
+    return read.open_scene(where, when, encoder.inputs, source=source)
 
 
 def _where(place: str | None, gsd_m: float | None) -> Any:
@@ -336,6 +373,9 @@ def _where(place: str | None, gsd_m: float | None) -> Any:
     if place is None:
         return None
     numbers = place.split(",")
+    if len(numbers) == 3:
+        lon, lat, size_m = map(float, numbers)
+        return read.place((lon, lat), gsd_m=gsd_m, size_m=size_m)
     return read.place([float(n) for n in numbers] if len(numbers) == 4 else place, gsd_m=gsd_m)
 
 
@@ -357,7 +397,7 @@ def main() -> None:
     """Entry point: errors that a user can mend are one line, not a traceback."""
     try:
         app()
-    except (ValueError, LookupError, OSError, ImportError) as error:
+    except (ValueError, LookupError, OSError, ImportError, MemoryError) as error:
         message = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
         print(f"everysat: {message}", file=sys.stderr)
         sys.exit(2)

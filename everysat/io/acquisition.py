@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from odc.geo.geobox import GeoBox
 
 from everysat.io import grid, labels, plan
 from everysat.io.assign import SensorLike, Wanted, resolve
@@ -132,14 +134,23 @@ def boxes(place: Place) -> list[Box]:
     """
     if place.geobox is None:
         raise ValueError("place has no geobox: it does not say where it lies. Make it with everysat.place(...)")
-    cols, rows = np.meshgrid(np.linspace(0, place.geobox.shape[1], 11), np.linspace(0, place.geobox.shape[0], 11))
-    lon, lat = grid.to_lonlat(place.geobox, cols, rows)
+    return bounds_of(place.geobox)
+
+
+@lru_cache(maxsize=4096)
+def bounds_of(geobox: GeoBox) -> list[Box]:
+    """Bounds of a grid in degrees, generous by a hundredth; two where it crosses the antimeridian, all around at a pole."""
+    cols, rows = (np.linspace(-0.01, 1.01, 21) * n for n in (geobox.shape[1], geobox.shape[0]))
+    lon, lat = grid.to_lonlat(geobox, *np.meshgrid(cols, rows))
+    seen = np.isfinite(lon) & np.isfinite(lat)
+    lon, lat = lon[seen], lat[seen]
     south, north = float(lat.min()), float(lat.max())
-    if lon.max() - lon.min() <= 180:
+    if lon.max() - lon.min() <= 180 or grid.crs_of(geobox).geographic:
         return [(float(lon.min()), south, float(lon.max()), north)]
     west, east = float(lon[lon > 0].min()), float(lon[lon <= 0].max())
-    if west - east < 180:  # all around a pole
-        return [(-180.0, min(south, math.copysign(90, south)), 180.0, max(north, math.copysign(90, north)))]
+    if west - east < 180:
+        pole = math.copysign(90, south)
+        return [(-180.0, min(south, pole), 180.0, max(north, pole))]
     return [(west, south, 180.0, north), (-180.0, south, east, north)]
 
 

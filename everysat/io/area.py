@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from everysat.io import catalogue, dates, folder, grid, plan, remote, stac
-from everysat.io.acquisition import Want, boxes, choose, hulls, passes, processing_baseline, wants
+from everysat.io.acquisition import Want, bounds_of, boxes, choose, hulls, passes, processing_baseline, wants
 from everysat.io.assign import SensorLike, Wanted
-from everysat.io.catalogue import Catalogue, Collection, Item
+from everysat.io.catalogue import Box, Catalogue, Collection, Item
 from everysat.io.plane import Plane
 from everysat.io.radar import ratios
 from everysat.io.scene import Clear, LayerPlan, Scene
@@ -82,6 +82,7 @@ class Finder:
         self._check_names()
         self._items: dict[str, list[Item]] = {}
         self._planes: dict[str, list[Plane]] = {}
+        self._bounds: dict[str, list[Box]] = {}
         self.cloudier = 0
 
     def scene(self, place: Place) -> Scene:
@@ -94,7 +95,7 @@ class Finder:
         for want in self._wants:
             for collection, sensor, platform in self._serving(want):
                 found = self._near(collection, place, want, platform)
-                if found and (some := self._plans(collection, replace(want, sensor=sensor), found)):
+                if found and (some := self._plans(collection, replace(want, sensor=sensor), found, place)):
                     plans = {**some, **plans}
                     break
         try:
@@ -152,7 +153,7 @@ class Finder:
             near = [item for item in near if item.facts.get("sat:orbit_state", want.orbit) == want.orbit]
         return near
 
-    def _plans(self, collection: Collection, want: Want, found: list[Item]) -> dict[str, LayerPlan]:
+    def _plans(self, collection: Collection, want: Want, found: list[Item], place: Place) -> dict[str, LayerPlan]:
         """Layers of one collection over what ``found`` covers; empty when no file has a wanted band."""
         chosen = [
             (item, path, bands) for item in found if not item.mask for path, bands in choose(item, want, collection)
@@ -160,9 +161,12 @@ class Finder:
         if not chosen:
             return {}
         masks, clear = self._masks(collection, found, chosen)
-        self._open([path for _, path, _ in [*chosen, *((i, p, ()) for i, p in masks)]])
+        self._open([path for _, path, _ in chosen] + [path for _, path in masks], collection.crs)
+        chosen = [each for each in chosen if each[0].box is not None or self._reaches(each[1], place)]
         images = [self._dressed(item, path, bands, want, collection) for item, path, bands in chosen]
         every = [plane for planes in images for plane in planes]
+        if not every:
+            return {}
         if "ratio" in want.bands and not any(plane.label == "ratio" for plane in every):
             images += [[plane] for plane in ratios(every, want.sensor, collection.stored)]
         own = replace(
@@ -204,12 +208,18 @@ class Finder:
             )
         return [(i, next(i.assets[key][0] for key in mask.where if key in i.assets)) for i in used.values()], clear
 
-    def _open(self, paths: Iterable[str]) -> None:
+    def _open(self, paths: Iterable[str], crs: str | None) -> None:
         """Read the headers of files that are not open yet, many at a time."""
         missing = [path for path in dict.fromkeys(paths) if path not in self._planes]
         with ThreadPoolExecutor(min(remote.THREADS, max(1, len(missing)))) as pool:
-            for path, planes in zip(missing, pool.map(lambda path: open_planes(path), missing), strict=True):
+            for path, planes in zip(missing, pool.map(lambda path: open_planes(path, crs), missing), strict=True):
                 self._planes[path] = [replace(plane, source=remote.parts(plane.source)[0]) for plane in planes]
+
+    def _reaches(self, path: str, place: Place) -> bool:
+        """Whether a file whose catalogue does not say where it lies may touch a place; cheap, for there are many of both."""
+        if path not in self._bounds:
+            self._bounds[path] = bounds_of(self._planes[path][0].geobox)
+        return any(stac.touches(one, other) for one in self._bounds[path] for other in boxes(place))
 
     def _dressed(
         self, item: Item, path: str, bands: tuple[str, ...], want: Want, collection: Collection
@@ -224,11 +234,12 @@ class Finder:
                 f"bands of collection {collection.name}"
             )
         names = bands or tuple(plane.label for plane in planes)
-        return [
+        made = [
             self._plane(plane, label, item, want.sensor, collection)
             for plane, label in zip(planes, names, strict=True)
             if not bands or label in want.bands
         ]
+        return [plane for plane in made if folder.overlap(plane.time, self.span)]
 
     def _plane(self, plane: Plane, label: str, item: Item, sensor: Sensor, collection: Collection) -> Plane:
         time = item.time or plane.time
@@ -246,16 +257,14 @@ class Finder:
         return changed
 
     def _quality(self, item: Item, path: str, collection: Collection) -> list[Plane]:
+        """The planes of a mask, which may be one band among others of its file."""
         assert collection.mask is not None
-        band = collection.mask.sensor.bands[0]
+        sensor, planes = collection.mask.sensor, self._planes[path]
+        named = [plane for plane in planes if plane.label and plane.label in sensor] or planes
+        blank = sensor.bands[0].nodata
         return [
-            replace(
-                plane,
-                time=item.time or plane.time,
-                rank=item.rank,
-                nodata=band.nodata if plane.nodata is None else plane.nodata,
-            )
-            for plane in self._planes[path][:1]
+            replace(p, time=item.time or p.time, rank=item.rank, nodata=blank if p.nodata is None else p.nodata)
+            for p in named
         ]
 
     def _nothing(self, place: Place) -> str:

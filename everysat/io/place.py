@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import geopandas
 import numpy as np
+import shapely
+import shapely.geometry
 from affine import Affine
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
@@ -19,7 +22,10 @@ from everysat.io.sources import open_planes
 from everysat.io.vector import load_frame
 from everysat.types import Place
 
-VECTOR_SUFFIXES = (".geojson", ".json", ".gpkg", ".shp", ".fgb", ".parquet", ".geoparquet", ".kml")
+VECTOR_SUFFIXES = (
+    ".geojson", ".json", ".geojsonl", ".gpkg", ".shp", ".fgb", ".parquet", ".geoparquet", ".kml", ".kmz", ".gml", ".gpx", ".tab", ".mif",
+    ".sqlite", ".dxf", ".csv",
+)  # fmt: skip
 DEFAULT_GSD_M = 10.0
 
 
@@ -33,7 +39,7 @@ def place(
     """A rectangle on the ground with a pixel grid.
 
     Args:
-        source: a file of polygons (GeoJSON, GPKG, GeoParquet, ...), a raster file, ``(west, south, east, north)`` in degrees,
+        source: a file of polygons (GeoJSON, GPKG, GeoParquet, ...), a GeoJSON object (a dict), a raster file, ``(west, south, east, north)`` in degrees,
             ``(lon, lat)`` with ``size_m``, a geopandas frame, an odc-geo ``BoundingBox`` or ``GeoBox``, or a place.
         gsd_m: side of a pixel, metres; a raster or a geobox keeps its own unless this is given, everything else has 10 m.
         crs: of the grid; the local UTM zone by default. A raster or a geobox keeps its own.
@@ -55,6 +61,8 @@ def place(
         return _of_geobox(source, gsd_m, crs)
     if isinstance(source, (str, Path)):
         source = load_frame(source)
+    elif isinstance(source, Mapping):
+        source = _geojson(source)
     lonlat = _lonlat_bounds(source, size_m)
     gsd = DEFAULT_GSD_M if gsd_m is None else gsd_m
     if not gsd > 0:
@@ -120,13 +128,34 @@ def _raster_grid(path: str | Path) -> GeoBox:
     return open_planes(path)[0].geobox
 
 
+def _geojson(source: Mapping[str, Any]) -> geopandas.GeoDataFrame:
+    """A geometry, feature or collection of them as RFC 7946 has it."""
+    try:
+        shapes = [shapely.geometry.shape(each.get("geometry", each)) for each in source.get("features", [source])]
+    except (AttributeError, TypeError, KeyError, ValueError, shapely.errors.ShapelyError) as error:
+        raise ValueError(
+            f"source is a mapping but no GeoJSON geometry, feature or collection of features ({error})"
+        ) from error
+    return geopandas.GeoDataFrame(geometry=shapes, crs="EPSG:4326")
+
+
+def _across(frame: geopandas.GeoDataFrame) -> tuple[float, float, float, float]:
+    """Bounds in degrees, the shorter way round: GeoJSON cuts at the antimeridian what lies across it."""
+    parts = frame.to_crs("EPSG:4326").geometry.explode().bounds
+    west, south, east, north = parts.minx.min(), parts.miny.min(), parts.maxx.max(), parts.maxy.max()
+    turned = parts.where(parts.maxx >= 0, parts.assign(minx=parts.minx + 360, maxx=parts.maxx + 360))
+    if turned.maxx.max() - turned.minx.min() < east - west:
+        west, east = turned.minx.min(), turned.maxx.max()
+    return float(west), float(south), float(east), float(north)
+
+
 def _lonlat_bounds(source: Any, size_m: float | None) -> tuple[float, float, float, float]:
     if hasattr(source, "total_bounds"):
         if source.crs is None:
             raise ValueError("source has no CRS: set it, for instance with frame.set_crs('EPSG:4326')")
         if len(source) == 0:
             raise ValueError("source has no geometries")
-        return tuple(float(v) for v in source.to_crs("EPSG:4326").total_bounds)  # type: ignore[return-value]
+        return _across(source)
     if isinstance(source, BoundingBox):
         if source.crs is None:
             raise ValueError("source is a BoundingBox without CRS")

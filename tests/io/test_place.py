@@ -129,3 +129,36 @@ def test_errors_say_what_is_wrong(source, options, words):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.geojson"):
         place(tmp_path / "nowhere.geojson")
+
+
+FARM = {"type": "Polygon", "coordinates": [[[13.0, 52.3], [13.02, 52.3], [13.02, 52.31], [13.0, 52.31], [13.0, 52.3]]]}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        FARM,
+        {"type": "Feature", "geometry": FARM, "properties": {}},
+        {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": FARM, "properties": None}]},
+    ],
+)
+def test_geojson_objects_are_places(source, tmp_path):
+    frame = geopandas.GeoDataFrame(geometry=[shapely.geometry.shape(FARM)], crs="EPSG:4326")
+    assert place(source).geobox == place(frame).geobox
+    for name in ("farm.geojson", "farm.gpkg", "farm.fgb"):
+        frame.to_file(tmp_path / name)
+        assert place(tmp_path / name).geobox == place(frame).geobox
+
+
+def test_a_mapping_that_is_no_geojson_is_an_error():
+    for source in ({"type": "Circle"}, {"features": 3}, {}):
+        with pytest.raises(ValueError, match="no GeoJSON"):
+            place(source)
+
+
+def test_geojson_across_the_antimeridian_takes_the_short_way():
+    """RFC 7946 cuts at 180 degrees: an island of two parts is one small place."""
+    east, west = ([[[x, -17], [x + 0.01, -17], [x + 0.01, -16.99], [x, -16.99], [x, -17]]] for x in (179.99, -180.0))
+    island = place({"type": "MultiPolygon", "coordinates": [east, west]})
+    assert island.width_m < 2500
+    assert abs(abs(island.lonlat[0]) - 180) < 0.01
