@@ -1,7 +1,7 @@
 """Sensors and resolutions that training did not have, on real data: what RAMEN and Atomizer keep, and what others can do at all.
 
     python -m benchmarks.any_sensor             # about 50 minutes on 2 cores; finished parts are kept and not done again
-    python -m benchmarks.any_sensor picture     # docs/resolution.png from the results
+    python -m benchmarks.any_sensor pictures    # docs/resolution.png and docs/any_sensor_cost.png from the results
 
 Models are trained without labels on some bands of a Sentinel-2 L1C scene near Berlin. A linear probe learns 8 land-use classes from
 their features of these bands, on training blocks, and is tested on held-out blocks of 1.5 km whose features come from other bands,
@@ -205,10 +205,10 @@ def facts(run: Run) -> dict[str, float]:
 
 
 def dial(study: Study) -> None:
-    """One RAMEN, trained at cells of 20 to 120 m, asked for others."""
+    """One RAMEN, trained at cells of 20 to 120 m, asked for these sizes and others."""
     encoder: Any = train(Recipe.load("ramen_berlin", [f"out={OUT / 'all'}"])).encoder
-    for gsd_m in (10.0, 20.0, 30.0, 40.0, 60.0, 90.0, 120.0, 180.0, 240.0):
-        cells = max(1, round(360.0 / gsd_m))
+    for gsd_m in (20.0, 30.0, 40.0, 60.0, 90.0, 120.0, 180.0, 240.0):
+        cells = min(18, round(360.0 / gsd_m))  # a chip is as large as the places of the training, or has as many cells
         view = encoder.at(gsd_m=gsd_m, cells=cells)
 
         def measure(view: Any = view) -> dict[str, Any]:
@@ -230,13 +230,14 @@ def dial(study: Study) -> None:
         study.part(f"dial, {name}", lambda e=extract: study.scores(e))
 
 
-def picture() -> None:
-    """Score and cost of the dial, as docs/resolution.png."""
+def pictures() -> None:
+    """docs/resolution.png, score and cost of the dial, and docs/any_sensor_cost.png, what cost grows with."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    docs = Path(__file__).parent.parent / "docs"
     parts = json.loads(RESULT.read_text())["parts"]
     points = {float(n.split()[1]): p for n, p in parts.items() if n.startswith("dial: ") and n.endswith(" m")}
     sizes = sorted(points)
@@ -252,17 +253,44 @@ def picture() -> None:
     for axis, name in ((left, "macro F1"), (right, "CPU seconds for the scene")):
         axis.set_xscale("log")
         axis.set_xticks(sizes, [f"{s:g}" for s in sizes])
-        axis.minorticks_off()
         axis.set_xlabel("side of a cell, metres (trained at 20 to 120)")
-        axis.set_title(name, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
+        _plain(axis, name)
     left.legend(frameon=False, fontsize=8)
-    fig.savefig(Path(__file__).parent.parent / "docs" / "resolution.png", dpi=120)
+    fig.savefig(docs / "resolution.png", dpi=120)
+    fig, axes = plt.subplots(1, 4, figsize=(11, 2.9), layout="constrained", sharey=True)
+    ramen_rows, atomizer_rows = (
+        [
+            v["rows"]
+            for v in json.loads((RESULT.parent / f"{name}_scaling.json").read_text())["results"].values()
+            if isinstance(v, dict)
+        ]
+        for name in ("ramen", "atomizer")
+    )
+    panels = {
+        "RAMEN: pixels along the input": (ramen_rows[0], "px"),
+        "RAMEN: dates": (ramen_rows[2], "dates"),
+        "RAMEN: target size, m": (ramen_rows[3], "gsd_m"),
+        "Atomizer: values": (atomizer_rows[0], "tokens"),
+    }
+    for axis, (title, (rows, size)) in zip(axes, panels.items(), strict=True):
+        axis.plot([r[size] for r in rows], [r["cpu_seconds"] for r in rows], "o-", color="#1f4e8c")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks([r[size] for r in rows], [f"{r[size]:,.0f}" for r in rows], rotation=35, ha="right")
+        _plain(axis, title)
+    axes[0].set_ylabel("CPU seconds, one thread")
+    fig.savefig(docs / "any_sensor_cost.png", dpi=120)
+
+
+def _plain(axis: Any, title: str) -> None:
+    axis.minorticks_off()
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
-    if sys.argv[1:] == ["picture"]:
-        picture()
+    if sys.argv[1:] == ["pictures"]:
+        pictures()
         return
     study = Study(OUT)
     dial(study)

@@ -76,15 +76,15 @@ def scaling(module: str, sweeps: dict[str, tuple[list[dict[str, Any]], str]]) ->
     return found
 
 
-def exponents(rows: list[dict[str, float]], size: str) -> dict[str, float]:
+def exponents(rows: list[dict[str, float]], size: str) -> dict[str, float | None]:
     """Slope of log time, and of log memory above the process's own, over log size, between the two largest sizes. For the side
-    of a place, 2 is linear in the area."""
+    of a place, 2 is linear in the area. No memory slope where the peak lay before what is measured."""
     a, b = rows[-2], rows[-1]
     span = math.log(b[size] / a[size])
-    grown = [max(r["peak_mb"] - r["before_mb"], 1e-3) for r in (a, b)]
+    grown = [r["peak_mb"] - r["before_mb"] for r in (a, b)]
     return {
         "time": math.log(b["cpu_seconds"] / a["cpu_seconds"]) / span,
-        "memory": math.log(grown[1] / grown[0]) / span,
+        "memory": math.log(grown[1] / grown[0]) / span if min(grown) > 1 else None,
     }
 
 

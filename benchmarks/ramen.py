@@ -109,7 +109,7 @@ def _decoding(model: Any, case: dict[str, Any]) -> Any:
 
 
 def sweeps() -> dict[str, Any]:
-    base = {"native_m": 10, "gsd_m": 160, "bands": 10, "px": 256, "threads": 2}
+    base = {"native_m": 10, "gsd_m": 160, "bands": 10, "px": 256}
     return {
         "side of the input, 10 m pixels, 16 x 16 cells": (
             [{**base, "px": n, "gsd_m": n * 10 / 16} for n in (64, 128, 256, 512, 1024, 2048)],
