@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from rasterio.features import shapes
 from rasterio.io import MemoryFile
+from shapely.geometry import shape
 from tortilla import members
 
-from everysat.data import bigearthnet
+from everysat.data import bigearthnet, spacenet7
 from everysat.data.batches import Dataset
-from everysat.io import arrays, dates
+from everysat.io import arrays, dates, grid
 
 
 def made(module, folder: Path, **options) -> Path:
@@ -180,3 +183,141 @@ class TestBigEarthNet:
         for band, values in zip(("VH", "VV"), s1, strict=True):
             path = folder / "BigEarthNet-S1" / twin.rsplit("_", 3)[0] / twin / f"{twin}_{band}.tif"
             arrays.write_tiff(path, values[None], gsd_m=10.0, **facts)
+
+
+class TestSpaceNet7:
+    FIRST = "L15-0331E-1257N_1327_3160_13"
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        return made(spacenet7, tmp_path)
+
+    def test_parts_are_the_published_places_and_disjoint(self, root: Path) -> None:
+        assert [len(spacenet7.SITES[name]) for name in ("train", "val", "test")] == [30, 15, 14]
+        assert len({site for sites in spacenet7.SITES.values() for site in sites}) == 59
+        counts = [len(spacenet7.build(root=root, split=name)) for name in spacenet7.SPLITS]
+        assert counts == [31, 16, 15, 2]
+
+    def test_pixels_months_and_outlines_are_those_of_the_files(self, root: Path) -> None:
+        data = spacenet7.build(root=root)
+        for i in range(3):
+            path = root / data.items[i][0]
+            stored = arrays.tiff(path)[0]
+            planet, label = data[i].raster("planet"), data[i].raster("label")
+            assert (planet.values[0].numpy() == stored[:3]).all()
+            assert (planet.valid[0].numpy() == (stored[3] > 0)).all()
+            year, month = path.name.split("_")[2:4]
+            assert planet.time_s[0].tolist() == label.time_s[0].tolist() == list(dates.span(f"{year}-{month}"))
+            outline = arrays.parsed(path.parent.parent / "labels_match_pix" / f"{path.stem}_Buildings.geojson")[
+                "features"
+            ][0]
+            west, north, east, south = (int(edge) for edge in shape(outline["geometry"]).bounds)
+            expected = np.zeros(stored.shape[1:])
+            expected[north:south, west:east] = 1
+            assert (label.values[0, 0].numpy() == expected).all()
+            assert label.valid.equal(planet.valid[:, :1])
+        assert spacenet7.build(root=root)[1].raster("planet").valid[..., :2, :].any().item() is False, (
+            "clouds of the second month"
+        )
+
+    def test_all_months_of_a_place(self, root: Path) -> None:
+        data, months = spacenet7.build("series", root=root), spacenet7.build(root=root)
+        assert len(data) == 30
+        batch = data[0]
+        for name in ("planet", "label"):
+            whole = batch.raster(name)
+            assert len(whole.row) == 2
+            for k in range(2):
+                one = months[k].raster(name)
+                assert whole.values[k].equal(one.values[0])
+                assert whole.valid[k].equal(one.valid[0])
+                assert whole.time_s[k].equal(one.time_s[0])
+
+    def test_months_with_clouds_can_be_left_out(self, root: Path) -> None:
+        clear = spacenet7.build(root=root, cloudy=False)
+        assert len(clear) == 30
+        assert not any("_02_" in name for item in clear.items for name in item)
+
+    def test_tiles_make_up_the_image_and_lie_where_it_does(self, root: Path) -> None:
+        whole, tiles = spacenet7.build(root=root, gsd_m=None)[0], spacenet7.build(root=root, tile_px=16, gsd_m=None)
+        assert len(tiles) == 4 * 31
+        parts = [tiles[i] for i in range(4)]
+        for name in ("planet", "label"):
+            rows = [torch.cat([parts[2 * r + c].raster(name).values for c in (0, 1)], -1) for r in (0, 1)]
+            assert torch.cat(rows, -2).equal(whole.raster(name).values)
+        box = whole.places[0].geobox
+        assert box is not None
+        for i, part in enumerate(parts):
+            row, column = divmod(i, 2)
+            assert part.places[0].geobox == grid.crop(
+                box, slice(16 * row, 16 * row + 16), slice(16 * column, 16 * column + 16)
+            )
+        with pytest.raises(ValueError, match="tile_px=12 must divide 32"):
+            spacenet7.build(root=root, tile_px=12)
+
+    def test_the_true_size_of_a_pixel_is_smaller_towards_the_poles(self, root: Path) -> None:
+        for i in (0, 1, 5):
+            batch = spacenet7.build(root=root, gsd_m=None)[i]
+            lat = batch.places[0].lonlat[1]
+            assert batch.raster("planet").gsd_m == pytest.approx(4.777 * np.cos(np.radians(lat)), rel=0.01)
+            assert spacenet7.build(root=root)[i].raster("planet").gsd_m == 4.0
+
+    def test_what_does_not_fit_is_named(self, root: Path) -> None:
+        base = root / "train" / self.FIRST
+        label = next((base / "labels_match_pix").glob("*_01_*"))
+        whole = label.read_text()
+        label.write_text(whole.replace("coordinates", "corners"))
+        with pytest.raises(ValueError, match=r"_Buildings\.geojson is no collection of outlines"):
+            spacenet7.build(root=root)[0]
+        outline = {"type": "Polygon", "coordinates": [[[-112.0, 40.4], [-111.9, 40.4], [-111.9, 40.5], [-112.0, 40.4]]]}
+        arrays.write_json(label, {"features": [{"geometry": outline}]})
+        with pytest.raises(ValueError, match="labels_match_pix is the right one"):
+            spacenet7.build(root=root)[0]
+        arrays.write_json(label, {"features": [{"geometry": None}]})
+        assert not spacenet7.build(root=root)[0].raster("label").values.any()
+        image_path = next((base / "images_masked").glob("*_01_*"))
+        image_path.rename(image_path.with_name("january.tif"))
+        with pytest.raises(ValueError, match=r"january\.tif: its name is not global_monthly"):
+            spacenet7.build(root=root)
+        for path in (base / "images_masked").iterdir():
+            path.unlink()
+        with pytest.raises(FileNotFoundError, match=f"train/{self.FIRST}/images_masked"):
+            spacenet7.build(root=root)
+
+    def test_real_tiles(self, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Quarters of images, with outlines drawn around the buildings of their masks."""
+        found = []
+        for row, content in members((data_dir / "geobench2_mini" / "spacenet7.tortilla").read_bytes()):
+            inner = {facts["tortilla:id"]: image(part) for facts, part in members(content)}
+            found.append((row, inner["images"], inner["mask"][0]))
+        assert len(found) >= 4
+        for row, pixels, mask in found:
+            base, name = tmp_path / "train" / row["aoi"], Path(row["source_img_file"]).stem
+            west, gsd_m, _, north, _, _ = row["stac:geotransform"]
+            arrays.write_tiff(
+                base / "images_masked" / f"{name}.tif", pixels, crs="EPSG:3857", corner=(west, north), gsd_m=gsd_m
+            )
+            outlines = [{"geometry": outline} for outline, value in shapes(mask) if value]
+            arrays.write_json(base / "labels_match_pix" / f"{name}_Buildings.geojson", {"features": outlines})
+        sites = sorted({row["aoi"] for row, _, _ in found})
+        published = {site for part in spacenet7.SITES.values() for site in part}
+        monkeypatch.setitem(spacenet7.SITES, "train", tuple(site[4:-3] for site in sites))
+        data = spacenet7.build(root=tmp_path)
+        facts = {Path(row["source_img_file"]).name: (row, pixels, mask) for row, pixels, mask in found}
+        assert len(data) == len(facts)
+        for i in range(len(data)):
+            row, pixels, mask = facts[Path(data.items[i][0]).name]
+            batch = data[i]
+            planet, label = batch.raster("planet"), batch.raster("label")
+            assert (planet.values[0].numpy() == pixels[:3]).all()
+            assert (label.values[0, 0].numpy() == mask).all()
+            assert planet.time_s[0, 0] == row["stac:time_start"]
+            assert batch.places[0].lonlat == pytest.approx((row["lon"], row["lat"]), abs=0.05)
+            column, line = (int(n) for n in row["aoi"].split("_")[1:3])
+            tile_m = 2 * 20037508.342789244 / 2**13
+            assert row["stac:geotransform"][0] - (column - 4096) * tile_m < tile_m, "the name says where the place lies"
+            assert (4096 - line) * tile_m - row["stac:geotransform"][3] < tile_m
+            assert row["aoi"][4:-3] in published, "the places of GEO-Bench-2 are those of the lists here"
+            red, green, blue = planet.values[0].mean((1, 2))
+            assert planet.valid.float().mean() > 0.5
+            assert max(red, green, blue) < 255
