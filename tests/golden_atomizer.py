@@ -92,7 +92,8 @@ def logits(fixture: Fixture, summary: Tensor) -> Tensor:
 
 def check_bmvc(fixture: Fixture) -> None:
     model, june = configured(fixture), configured(fixture, quirks=_with_temperature())
-    share, said = 0.6, []
+    pruned = next(key for key in fixture.io if key.startswith("out.logits_pruned")).removeprefix("out.logits")
+    share, said = int(pruned.removeprefix("_pruned")) / 100, []
     for sample, (tokens, number) in enumerate(places(fixture, model)):
         rows = tokens.coords.row
         atoms = model.atoms(tokens)
@@ -112,7 +113,7 @@ def check_bmvc(fixture: Fixture) -> None:
             later.append(_among(number, pool))
         for name, which, some in (
             ("", model, []),
-            ("_pruned60", model, kept),
+            (pruned, model, kept),
             ("june", june, []),
             ("june", june, later),
         ):
@@ -122,7 +123,7 @@ def check_bmvc(fixture: Fixture) -> None:
             if not name:
                 said.append(ours)
             if name == "june":
-                expected = fixture.io["out_june.logits_pruned60" if some else "out_june.logits"]
+                expected = fixture.io[f"out_june.logits{pruned}" if some else "out_june.logits"]
             else:
                 expected = fixture.io[f"out.logits{name}"]
                 _check_latents(fixture, f"out.latents{name}_layer", sample, states)
