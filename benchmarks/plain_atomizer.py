@@ -23,7 +23,7 @@ def vectors(model: Atomizer, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
     values = wanted.normalise(raster)
     rows, _, height, width = values.shape
     channels = [Channel(p, max(b.gsd_m, raster.gsd_m)) for b in sensor.bands if (p := physics(sensor, b))]
-    band = model._channel_table(channels)
+    band = model.channel_table(channels)
     codes = []
     for count in (height, width):
         edge = count - 1 if "corner_positions" in settings.quirks else count

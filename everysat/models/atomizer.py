@@ -297,8 +297,8 @@ class Atomizer(AnySensor):
         empty = Coords(nowhere, always.float(), always[:, 0].float(), always, nowhere)
         values = torch.cat([self.latents.new_zeros(0), *(v for v, _ in parts)])
         coords = Coords.cat([empty, *(c for _, c in parts)])
-        order = torch.argsort(coords.row, stable=True)
         if len(batch) > 1:
+            order = torch.argsort(coords.row, stable=True)
             values, coords = values[order], coords[order]
         memo = {"channels": tuple(channels.values())}
         return Tokens(values[:, None], coords, tuple(channels), batch.places, memo)
@@ -322,7 +322,7 @@ class Atomizer(AnySensor):
         size_m = torch.full((len(y),), raster.gsd_m, device=y.device)
         return values, Coords(raster.row[obs], at_m, size_m, raster.time_s[obs], first + band_number)
 
-    def _channel_table(self, channels: Sequence[Channel]) -> Tensor:
+    def channel_table(self, channels: Sequence[Channel]) -> Tensor:
         """Codes of bands [channel, band_dim]."""
         device = self.latents.device
         optical = torch.tensor([c.physics.kind == "optical" for c in channels], dtype=torch.bool, device=device)
@@ -350,7 +350,7 @@ class Atomizer(AnySensor):
         coords = tokens.coords
         at = self._positions(coords, tokens)
         row, column = (_coded(at[:, axis], self.settings.place_code) for axis in (0, 1))
-        band = Part(self._channel_table(tokens.memo["channels"]), coords.group)
+        band = Part(self.channel_table(tokens.memo["channels"]), coords.group)
         return Atoms(band, tokens.x[:, 0], self.settings.value_code, (row, column, *self._dates(coords)))
 
     def _dates(self, coords: Coords) -> tuple[Part, ...]:
@@ -478,7 +478,7 @@ class Atomizer(AnySensor):
         u = (offset_m / self.settings.token_m * 4096).round() / 4096
         row, column = (_coded((u / (1 + u.abs()))[:, axis], OFFSET) for axis in (0, 1))
         coords = tokens.coords
-        band = Part(self._channel_table(tokens.memo["channels"]), coords.group)[token]
+        band = Part(self.channel_table(tokens.memo["channels"]), coords.group)[token]
         dates = tuple(part[token] for part in self._dates(coords))
         return Atoms(band, tokens.x[token, 0], self.settings.value_code, (row, column, *dates))
 

@@ -348,7 +348,7 @@ def published_names(state, depth):
 def test_the_thermal_infrared_is_no_blank(model) -> None:
     sensor = sensors.get("landsat-8-oli-l1")
     channels = [atomizer.Channel(p, b.gsd_m) for b in sensor.bands if (p := physics(sensor, b))]
-    code = model._channel_table(channels)[:, : len(atomizer.ANCHORS)]
+    code = model.channel_table(channels)[:, : len(atomizer.ANCHORS)]
     assert (code.amax(1) > 0.5).all()
 
 
