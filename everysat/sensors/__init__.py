@@ -36,6 +36,7 @@ UNITS = {
     "hPa": "hectopascal",
     "degree": "degrees of arc",
     "%": "per cent",
+    "t ha-1": "tonnes per hectare (of dry biomass)",
     "class": "a code, see the band's classes",
     "bits": "bit flags; the band's classes name the bits, counted from the least significant, 0",
     "probability": "0-1",

@@ -1,4 +1,4 @@
-"""BigEarthNet, SpaceNet7 and BioMassters beyond the laws of tests/data/test_published.py: values against the bytes of the files, also
+"""BigEarthNet and SpaceNet7 beyond the laws of tests/data/test_published.py: values against the bytes of the files, also
 of the real samples of GEO-Bench-2, put back into the published layouts."""
 
 from __future__ import annotations
