@@ -20,7 +20,8 @@ class Loopback:
 
     ``plans`` maps a part of a path to what happens to the next requests for it, one after another: a status such as 500,
     ``"cut"`` (the connection breaks after half of the body), ``"short"`` (half of the body, which claims to be all of it),
-    ``"slow"`` (an answer after :attr:`delay_s`). ``log`` lists the paths asked for. ``token``, when set, is what URLs have to
+    ``"slow"`` (an answer after :attr:`delay_s`). ``log`` lists the paths asked for, ``authorised`` those that
+    came with a header ``Authorization``. ``token``, when set, is what URLs have to
     carry as ``?sig=``; ``/sas/...`` hands out ``issued``.
     """
 
@@ -30,6 +31,7 @@ class Loopback:
         self.collections: list[dict[str, Any]] = []
         self.plans: dict[str, list[Any]] = defaultdict(list)
         self.log: list[str] = []
+        self.authorised: list[str] = []
         self.delay_s = 2.0
         self.token: str | None = None
         self.issued: Callable[[], dict[str, Any]] = dict
@@ -101,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         posted = json.loads(self.rfile.read(length)) if length else None
         plan = self.site.next_plan(self.path)
+        if self.headers.get("Authorization"):
+            self.site.authorised.append(self.path)
         if isinstance(plan, int):
             return self._send(plan, b"made to fail")
         if plan == "slow":

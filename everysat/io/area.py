@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from everysat.find import suggest
 from everysat.io import catalogue, dates, folder, grid, plan, remote, stac
 from everysat.io.acquisition import Want, bounds_of, boxes, choose, hulls, passes, processing_baseline, wants
 from everysat.io.assign import SensorLike, Wanted
@@ -79,7 +80,7 @@ class Finder:
         self._boxes = hulls([box for place in places for box in boxes(place)])
         self._valid, self._cloud = valid, max_cloud_percent
         self._wants = layers
-        self._check_names()
+        self._check()
         self._items: dict[str, list[Item]] = {}
         self._planes: dict[str, list[Plane]] = {}
         self._bounds: dict[str, list[Box]] = {}
@@ -179,7 +180,11 @@ class Finder:
         quality.sort(key=lambda plane: -plane.rank)
         return plan.layers(plan.find_bands([p for p in images if p], own), {"mask": quality} if masks else {}, own)
 
-    def _check_names(self) -> None:
+    def _check(self) -> None:
+        masks = {each.mask.sensor.name for each in self.source.collections if each.mask is not None}
+        for key in self._valid or {}:
+            if key not in masks:
+                raise ValueError(f"valid: {self.source.given} has no mask {key!r}. {suggest(key, masks)}")
         unknown = set(self.options.names) - {old for want in self._wants for old in self._names(want)}
         if unknown:
             raise ValueError(
@@ -305,10 +310,10 @@ def whole(scene: Scene) -> Batch:
         len(layer.times) * len(layer.sensor.bands) * math.prod(grid.at_gsd(scene.geobox, layer.gsd_m).shape) * _BYTES
         for layer in scene.layers.values()
     )
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if need > free:
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if need > held:
         raise MemoryError(
-            f"this takes {need / 1e9:.1f} GB, of which {free / 1e9:.1f} are free. Read a smaller place or a shorter period, set "
+            f"this takes {need / 1e9:.1f} GB, and the machine has {held / 1e9:.1f}. Read a smaller place or a shorter period, set "
             "max_cloud_percent, or go through it in windows: everysat.io.read.open_scene(...).read((rows, columns))"
         )
     return scene.read()

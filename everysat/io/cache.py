@@ -169,3 +169,8 @@ def here() -> Cache:
         OSError: its folder cannot be made.
     """
     return _cache(folder(), limit_bytes())
+
+
+def forget() -> None:
+    """Start anew in a process that was forked, whose locks are its parent's."""
+    _cache.cache_clear()

@@ -127,7 +127,7 @@ def open_scene(
         ).scene(files)  # fmt: skip
     _refuse(
         {"period": period, "source": source},
-        "is for a place: read(place, period, inputs). Dates of files are times=...",
+        "is for a place, made with everysat.place(...): read(place, period, inputs). Dates of files are times=...",
     )
     where = None if place is None else place.geobox
     if place is not None and where is None:

@@ -7,6 +7,7 @@ paths, in any thread and process, and nothing secret stands in them.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import threading
@@ -58,13 +59,15 @@ def address(url: str, *, sign: str = "", version: str = "") -> str:
     """A path that opens ``url``.
 
     Args:
-        url: http, https, or ``s3://bucket/key`` of a public bucket.
+        url: http, https, or ``s3://bucket/key`` and ``gs://bucket/key`` of public buckets.
         sign: where tokens for it are issued, with ``{account}`` and ``{container}``: its host's first word and its first folder.
         version: what changes when the file does, so that old bytes in the cache are not taken for its.
     """
     if url.startswith("s3://"):
         bucket, _, key = url.removeprefix("s3://").partition("/")
         url = f"https://{bucket}.s3.amazonaws.com/{key}"
+    elif url.startswith("gs://"):
+        url = f"https://storage.googleapis.com/{url.removeprefix('gs://')}"
     if not is_remote(url):
         return url.removeprefix("file://")
     more = {name: value for name, value in (("sign", sign), ("version", version)) if value}
@@ -109,15 +112,16 @@ def request(
         TimeoutError, ConnectionError: no whole answer after :data:`TRIES` tries.
         OSError: any other refusal.
     """
-    renewed = False
+    refused = token = ""
     for attempt in range(TRIES):
         try:
-            signed = _signed(url, sign, renewed) if sign else url
+            token = _token(url, sign, refused) if sign else ""
+            signed = f"{url}{'&' if '?' in url else '?'}{token}" if token else url
             return _once(signed, url, method, headers, body)
         except Refused:
-            if not sign or renewed:
+            if not token or refused:
                 raise
-            renewed = True
+            refused = token
         except (ConnectionError, TimeoutError) as error:
             if attempt == TRIES - 1:
                 raise type(error)(f"{error} ({TRIES} tries). Try again later") from error
@@ -173,19 +177,36 @@ _TOKENS: dict[str, tuple[str, float]] = {}
 _TOKEN_LOCK = threading.Lock()
 
 
-def _signed(url: str, sign: str, renew: bool) -> str:
-    """``url`` with a token, one for all files of a container, renewed a minute before it expires."""
+def _token(url: str, sign: str, refused: str) -> str:
+    """A token for ``url``, the same for all files of a container; another one a minute before it expires, or when ``refused``."""
     split = urlsplit(url)
-    folders = split.path.strip("/").split("/")
-    where = sign.format(account=(split.hostname or "").split(".")[0], container=folders[0])
+    account, container = (split.hostname or "").split(".")[0], split.path.strip("/").split("/")[0]
+    where = sign.format(account=account, container=container)
     with _TOKEN_LOCK:
         token, until = _TOKENS.get(where, ("", 0.0))
-        if renew or time.time() > until - 60:
-            told = json.loads(request(where)[0])
-            until = datetime.fromisoformat(told["msft:expiry"].replace("Z", "+00:00")).timestamp()
-            token = told["token"]
+        if token == refused or time.time() > until - 60:
+            told = request(where)[0]
+            try:
+                entry = json.loads(told)
+                token = str(entry["token"])
+                until = datetime.fromisoformat(entry["msft:expiry"].replace("Z", "+00:00")).timestamp()
+            except (ValueError, KeyError, TypeError) as error:
+                raise OSError(
+                    f"{where} was asked for a token and did not give one with its expiry ({error!r})"
+                ) from error
             _TOKENS[where] = token, until
-    return f"{url}{'&' if split.query else '?'}{token}"
+    return token
+
+
+def forget() -> None:
+    """Start anew in a process that was forked: connections and locks are its parent's."""
+    global _LOCAL, _TOKEN_LOCK
+    _LOCAL, _TOKEN_LOCK = threading.local(), threading.Lock()
+    local.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget)
 
 
 class RemoteFile:

@@ -82,7 +82,7 @@ def _item(catalogue: Catalogue, item: Any) -> Item:
     assets = {}
     for key, asset in item.assets.items():
         href = asset.get_absolute_href() or asset.href
-        if "://" not in href or href.startswith(("s3://", "file://", "http://", "https://")):
+        if "://" not in href or href.startswith(("s3://", "gs://", "file://", "http://", "https://")):
             sign = catalogue.sign.get("token", "") if _is_signed(catalogue, href) else ""
             assets[key] = remote.address(href, sign=sign, version=version), _band_names(asset.extra_fields)
     facts = {**item.properties, "everysat:version": version}

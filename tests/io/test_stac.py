@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import pickle
 import time
@@ -592,6 +593,7 @@ def test_wrong_arguments_are_named(site):
         ("order=.* is for files", ValueError, {"order": ["B04"]}),
         ("max_cloud_percent=120", ValueError, {"max_cloud_percent": 120}),
         ("names: no layer is called x", ValueError, {"names": {"x": "y"}}),
+        ("has no mask 'SCL'. Did you mean|has no mask 'SCL'", ValueError, {"valid": {"SCL": (4,)}}),
     ):
         with pytest.raises(kind, match=message):
             es.read(square(), "2024-06", S2, **{"source": api(site), **more})
@@ -671,6 +673,13 @@ def test_tokens_are_renewed_before_they_expire_and_after_they_did(site, signed):
     assert whole.raster("s2").valid.all()
 
 
+def test_what_is_no_token_is_said(site, signed):
+    s2(site, "a", "2024-06-03T10:20:30Z")
+    site.issued = lambda: {"error": "no"}
+    with pytest.raises(OSError, match=r"/sas/127/a was asked for a token and did not give one"):
+        es.read(square(), "2024-06", S2, source=signed)
+
+
 def test_a_token_that_is_refused_twice_is_said_and_not_shown(site, signed):
     s2(site, "a", "2024-06-03T10:20:30Z")
     site.token = "other"
@@ -679,15 +688,23 @@ def test_a_token_that_is_refused_twice_is_said_and_not_shown(site, signed):
     assert "first" not in str(caught.value)
 
 
-def test_headers_come_from_the_environment_and_go_to_the_catalogue_alone(site, monkeypatch):
+def test_headers_come_from_the_environment_and_go_to_the_catalogue_alone(site, monkeypatch, tmp_path):
+    s2(site, "a", "2024-06-03T10:20:30Z")
     table = site.folder / "source.toml"
-    table.write_text(
-        f'stac = "{api(site)}"\nheaders = {{ Authorization = "Bearer ${{MY_TOKEN}}" }}\n[collections.x]\nsensor = "naip"\n'
-    )
-    with pytest.raises(ValueError, match="environment variable MY_TOKEN, which is not set"):
-        catalogue.load(table)
-    monkeypatch.setenv("MY_TOKEN", "secret")
-    assert catalogue.load(table).headers == {"Authorization": "Bearer secret"}
+    with serving(tmp_path) as files:
+        for asset in site.items[0]["assets"].values():
+            asset["href"] = asset["href"].replace(site.url, files.url)
+        table.write_text(
+            f'stac = "{api(site)}"\nheaders = {{ Authorization = "Bearer ${{MY_TOKEN}}" }}\n'
+            '[collections.sentinel-2-l2a]\nsensor = "sentinel-2-l2a"\n'
+        )
+        with pytest.raises(ValueError, match="environment variable MY_TOKEN, which is not set"):
+            catalogue.load(table)
+        monkeypatch.setenv("MY_TOKEN", "secret")
+        assert es.read(square(), "2024-06", S2, source=table).raster("s2").valid.all()
+        assert site.authorised == site.log
+        assert files.log
+        assert not files.authorised
 
 
 # The cache
@@ -738,6 +755,18 @@ def test_a_file_that_changed_on_its_server_is_noticed(site):
         scene.read()
     HANDLES.forget()
     assert es.read(last(), "2024-06", S2, source=api(site)).raster("s2").valid.all()
+
+
+def test_a_forked_process_reads_too(site):
+    s2(site, "a", "2024-06-03T10:20:30Z")
+    scene = open_scene(last(), "2024-06", S2, source=api(site))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map(_pixels, [scene] * 4)
+    assert all(np.array_equal(each, scene.read().raster("s2").values.numpy()) for each in found)
+
+
+def _pixels(scene):
+    return scene.read().raster("s2").values.numpy()
 
 
 def test_threads_share_one_download(site):
@@ -806,6 +835,7 @@ def test_files_on_servers_are_read_like_files(site):
 
 
 def test_public_buckets_are_reached_by_their_web_address():
+    assert remote.address("gs://bucket/b.tif") == "https://storage.googleapis.com/bucket/b.tif"
     assert remote.address("s3://bucket/a/b.tif") == "https://bucket.s3.amazonaws.com/a/b.tif"
     path = remote.address("https://x/y.tif", sign="https://t/{account}", version="2024")
     assert remote.parts(path) == ("https://x/y.tif", {"sign": "https://t/{account}", "version": "2024"})
