@@ -69,8 +69,9 @@ def _plausible(raster: Raster, numbers: np.ndarray, stored: str, path: str | Pat
     values, valid = raster.values, raster.valid
     limits = torch.tensor([b.range or (-np.inf, np.inf) for b in raster.sensor.bands])
     low, high = (limits[:, i].view(1, -1, 1, 1) for i in (0, 1))
-    count = int(valid.sum())
-    outside = int((((values < low) | (values > high)) & valid).sum())
+    # NumPy counts much faster than torch sums booleans, and this is half of the time that a series takes.
+    count = np.count_nonzero(valid.numpy())
+    outside = np.count_nonzero((((values < low) | (values > high)) & valid).numpy())
     if outside > 0.5 * count:
         other, holds = (
             ("physical", "values in the unit of the bands") if stored == "numbers" else ("numbers", "digital numbers")

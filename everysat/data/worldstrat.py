@@ -196,7 +196,8 @@ def build(
         root: the folder that holds the two tables, ``hr_dataset`` and ``lr_dataset``.
         modalities: of ``s2`` (Level-2A), ``s2-l1c``, ``spot`` (pan-sharpened), ``spot-ms`` (6 m) and ``spot-pan``; by default
             ``s2`` and ``spot``.
-        parts: a site is cut into this many rows and columns of places; RAMEN takes 4, of 263 pixels of SPOT.
+        parts: a site is cut into this many rows and columns of places; RAMEN takes 4, of 263 pixels of SPOT. The whole site is
+            read for each of them.
         revisits: the first of the 16 that are read; 8 for the archive at Kaggle.
         max_cloud: revisits whose scene has more cloud than this are left out, percent.
         clouds: without, pixels that the cloud mask hides are invalid.

@@ -273,6 +273,10 @@ class TestSpaceNet7:
         arrays.write_json(label, {"features": [{"geometry": outline}]})
         with pytest.raises(ValueError, match="labels_match_pix is the right one"):
             spacenet7.build(root=root)[0]
+        outline["coordinates"] = [[[4.6, 2.6], [7.4, 2.6], [7.4, 4.4], [4.6, 4.4], [4.6, 2.6]]]
+        arrays.write_json(label, {"features": [{"geometry": outline}]})
+        found = spacenet7.build(root=root)[0].raster("label").values[0, 0].nonzero().tolist()
+        assert found == [[3, 5], [3, 6]], "pixels whose centre is inside"
         arrays.write_json(label, {"features": [{"geometry": None}]})
         assert not spacenet7.build(root=root)[0].raster("label").values.any()
         image_path = next((base / "images_masked").glob("*_01_*"))
