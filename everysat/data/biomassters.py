@@ -101,9 +101,7 @@ class BioMassters:
             layers["label"] = Raster.of(BIOMASS, torch.from_numpy(target.astype(np.float32))[None], GSD_M)
             sides.add(target.shape[1:])
         if len(sides) > 1:
-            raise ValueError(
-                f"images of the place {chip} in {self._features} differ in size: {sorted(sides)}"
-            )
+            raise ValueError(f"images of the place {chip} in {self._features} differ in size: {sorted(sides)}")
         height, width = sides.pop()
         return Batch((Place(height * GSD_M, width * GSD_M),), layers)
 

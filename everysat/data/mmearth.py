@@ -22,7 +22,7 @@ Against the published loaders: the wavelengths that RAMEN gives the channels tak
 the file; codes of ``dynamic_world`` are moved to the product's, 0 is no data; canopy height is stored in 8 bits, in which its
 no-data value 255 cannot stand, so that whatever is not 0 to 100 m is invalid; backscatter of exactly 0 dB is the edge of an image. Sentinel-2 is of
 collections without the offset of baseline 04.00. Taken from the published programs that wrote the files, not from the files themselves: the order
-of channels, the period of ``era5``, and that no-data is -inf (Sentinel-1) and NaN (``era5``).
+of channels, the period of ``era5``, that all places are in train, and that no-data is -inf (Sentinel-1) and NaN (``era5``).
 """
 
 from __future__ import annotations
