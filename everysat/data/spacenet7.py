@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from affine import Affine
 from odc.geo.geobox import GeoBox
 from rasterio.features import rasterize
 from shapely.errors import GEOSException
@@ -178,7 +179,11 @@ def _buildings(image: Path, size: tuple[int, int]) -> np.ndarray:
             f"{path}: outlines reach from {west:.1f}, {south:.1f} to {east:.1f}, {north:.1f}, expected pixels of an image of {size}. "
             "The folder labels_match holds degrees; labels_match_pix is the right one"
         )
-    return rasterize(outlines, out_shape=size, dtype="uint8")
+    # With a border, as rasterio warns of a transform that is the identity, and what silences warnings is not safe in threads.
+    bordered = rasterize(
+        outlines, out_shape=(size[0] + 2, size[1] + 2), transform=Affine.translation(-1, -1), dtype="uint8"
+    )
+    return bordered[1:-1, 1:-1]
 
 
 def build(
