@@ -63,7 +63,7 @@ def encode(model: Ramen, layers: list[Tensor]) -> Tensor:
     """[place, 1 + token, dim] of the tokens [place, cell, dim] of each layer, on one square grid."""
     side = math.isqrt(layers[0].shape[1])
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    code = grid_sinusoid(torch.stack([y, x], -1).reshape(-1, 2) * model.settings.gsd_m, model.dim)
+    code = grid_sinusoid(torch.stack([y, x], -1).reshape(-1, 2) * model.settings.gsd_m, model.settings.dim)
     z = torch.cat([model.in_norm(tokens) + code for tokens in layers], 1)
     z = torch.cat([model.class_token.expand(len(z), -1, -1), z], 1)
     for block in model.blocks:

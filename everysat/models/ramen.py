@@ -18,7 +18,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -60,6 +60,10 @@ class Config(BaseModel):
         gsd_m: side of a cell, metres: the resolution of the features.
         output: one feature per ``cell``, the mean over layers, or one per ``layer`` and cell.
         antialias: resampling to larger cells averages all pixels, instead of the nearest two per axis.
+        spread: cells larger than pixels also tell the standard deviation of their pixels per band, as further bands (not in the paper,
+            whose cells know nothing of texture).
+        skip: a feature is what the blocks made of a cell, and behind it what the cell was before them, without its position (not in
+            the paper): positions and neighbours otherwise cover what little data says.
         cells: along the squares that maps of large places are made of.
         wavelength_unit_nm: what wavelengths are counted in. At 1 nm, as published, the codes of bands 10 nm apart have little in
             common; larger units make bands alike that are near each other, also those that training did not have.
@@ -73,6 +77,8 @@ class Config(BaseModel):
     gsd_m: float = 40.0
     output: Literal["cell", "layer"] = "cell"
     antialias: bool = True
+    spread: bool = False
+    skip: bool = False
     cells: int = 16
     dim: int = 768
     depth: int = 12
@@ -130,8 +136,8 @@ class Ramen(AnySensor):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self._take(config)
-        self.dim = config.dim
         self.bands = BandVectors(config.dim, config.wavelength_unit_nm)
+        self.texture = nn.Linear(config.dim, config.dim, bias=False) if config.spread else None
         self.scale = ScaleExperts(config.dim, config.experts)
         self.temporal = Ltae(
             config.dim,
@@ -148,14 +154,19 @@ class Ramen(AnySensor):
             Block(config.dim, config.heads, eps=config.block_norm_eps) for _ in range(config.depth)
         )
         self.apply(_initialise)
+        for expert in self.scale.experts:
+            # The norm behind takes lengths away. Against a bias of the length of a vector, dark and bright still differ.
+            nn.init.normal_(expert.bias, std=config.experts**0.5)  # type: ignore[arg-type]
 
     def _take(self, config: Config) -> None:
         self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
+        self.dim = config.dim * (2 if config.skip else 1)
         self.inputs = {name: modality.input(dated=modality.dated) for name, modality in config.modalities.items()}
 
     def at(self, **changes: Any) -> Ramen:
-        """The same encoder, sharing its weights, at another ``gsd_m``, or with other ``output``, ``antialias``, ``layers`` or ``cells``."""
-        known = ("gsd_m", "output", "antialias", "layers", "cells")
+        """The same encoder, sharing its weights, at another ``gsd_m``, or with other ``output``, ``skip``, ``antialias``, ``layers`` or
+        ``cells``."""
+        known = ("gsd_m", "output", "skip", "antialias", "layers", "cells")
         for name in changes:
             if name not in known:
                 raise TypeError(f"{name} cannot be changed at a call. {suggest(name, known)}")
@@ -181,7 +192,7 @@ class Ramen(AnySensor):
         groups = tuple(dict.fromkeys(groups))
         seen = {name: self._seen(name, batch.raster(name), grid) for name in groups}
         found = [self._tokens(name, layer, len(batch), grid[0] * grid[1]) for name, layer in seen.items()]
-        x = torch.cat([self.class_token.new_zeros(0, self.dim), *(x for x, _ in found)])
+        x = torch.cat([self.class_token.new_zeros(0, self.settings.dim), *(x for x, _ in found)])
         slot = torch.cat([torch.zeros(0, dtype=torch.long, device=x.device), *(slot for _, slot in found)])
         counts = torch.tensor([0, *(len(slot) for _, slot in found)])
         group = torch.repeat_interleave(torch.arange(len(counts)) - 1, counts).to(x.device)
@@ -193,8 +204,18 @@ class Ramen(AnySensor):
     def _seen(self, name: str, raster: Raster, grid: tuple[int, int]) -> Seen:
         raster, wanted = self.contracted(name, raster)
         weights = [self.weights_of(raster, grid, axis) for axis in (0, 1)]
-        values, valid = resample_valid(wanted.normalise(raster), raster.valid, *weights)
+        pixels = wanted.normalise(raster)
+        values, valid = resample_valid(pixels, raster.valid, *weights)
+        if self.texture is not None:
+            values = torch.cat([values, self._spread(values, pixels, raster, weights)], 1)
         return Seen(rearrange(values, "o b y x -> o (y x) b"), valid.any(1).flatten(1), raster, wanted)
+
+    def _spread(self, mean: Tensor, pixels: Tensor, raster: Raster, weights: list[Tensor]) -> Tensor:
+        """Standard deviation of the valid pixels that each cell reads, per band; 0 where cells are no larger than pixels."""
+        if raster.gsd_m >= self.settings.gsd_m * (1 - 1e-6):
+            return torch.zeros_like(mean)
+        square, _ = resample_valid(pixels.square(), raster.valid, *weights)
+        return (square - mean.square()).clamp(min=0.0).sqrt()
 
     def weights_of(self, raster: Raster, grid: tuple[int, int], axis: int) -> Tensor:
         """Weights [cell, pixel] along an axis of an image."""
@@ -204,6 +225,8 @@ class Ramen(AnySensor):
     def _tokens(self, name: str, layer: Seen, places: int, cells: int) -> tuple[Tensor, Tensor]:
         """Tokens of a layer, and their numbers place x cells + cell."""
         vectors = self.bands(layer.raster.sensor)
+        if self.texture is not None:
+            vectors = torch.cat([vectors, self.texture(vectors)])
         mixing, bias = self.scale(layer.raster.gsd_m / self.settings.gsd_m)
         matrix = vectors @ mixing
         row = layer.raster.row
@@ -231,7 +254,7 @@ class Ramen(AnySensor):
         day = day_number(layer.raster.time_s[keep], self._origin(layer))
         step = cells
         if not (self.training or torch.is_grad_enabled()):
-            step = max(1, CHUNK_ELEMENTS // (len(row) * self.dim))
+            step = max(1, CHUNK_ELEMENTS // (len(row) * self.settings.dim))
         observation = _joined(self.temporal.observation, matrix, bias)
         parts = []
         for start in range(0, cells, step):
@@ -259,7 +282,15 @@ class Ramen(AnySensor):
 
     def forward(self, tokens: Tokens) -> Features:
         """One feature per place and observed cell (or per layer too, see ``output``), and the class token as summary."""
-        return self.levels(tokens, (self.settings.depth - 1,))[0]
+        features = self.levels(tokens, (self.settings.depth - 1,))[0]
+        if not self.settings.skip:
+            return features
+        x, rows = self.in_norm(tokens.x), len(tokens.places)
+        total = x.new_zeros(rows, x.shape[1]).index_add(0, tokens.coords.row, x)
+        place = total / torch.bincount(tokens.coords.row, minlength=rows).clamp(min=1)[:, None]
+        own = self._features(place, x, tokens)
+        mean, summary = torch.cat([features.mean, own.mean], 1), torch.cat([features.summary, own.summary], 1)
+        return replace(features, mean=mean, summary=summary)
 
     def levels(self, tokens: Tokens, depths: Sequence[int]) -> list[Features]:
         """Features after these blocks, counted from 0; only those after the last are normalised, as the published probes take them."""
@@ -273,23 +304,25 @@ class Ramen(AnySensor):
             z = block(z, None, there)
             if depth in depths:
                 last = depth == self.settings.depth - 1
-                found.append(self._features(self.norm(z) if last else z, slot, tokens))
+                done = self.norm(z) if last else z
+                found.append(self._features(done[:, 0], done[:, 1:].flatten(0, 1)[slot], tokens))
         return found
 
     def positions(self, coords: Coords) -> Tensor:
         """Codes [token, dim] of the north-west corners of cells, in metres from that of the place."""
-        return grid_sinusoid(coords.cells() * coords.size_m[:, None].double(), self.dim)
+        return grid_sinusoid(coords.cells() * coords.size_m[:, None].double(), self.settings.dim)
 
-    def _features(self, z: Tensor, slot: Tensor, tokens: Tokens) -> Features:
-        mean, coords = z[:, 1:].flatten(0, 1)[slot], tokens.coords
+    def _features(self, summary: Tensor, mean: Tensor, tokens: Tokens) -> Features:
+        """Features of tokens, or their means over the layers of each cell."""
+        coords = tokens.coords
         if self.settings.output == "cell" and len(tokens.groups) > 1:
             height, width = tokens.memo["grid"]
             cells = coords.cells()
             number = (coords.row * height + cells[:, 0]) * width + cells[:, 1]
             distinct, where, count = torch.unique(number, return_inverse=True, return_counts=True)
-            mean = mean.new_zeros(len(distinct), self.dim).index_add(0, where, mean) / count[:, None]
+            mean = mean.new_zeros(len(distinct), mean.shape[1]).index_add(0, where, mean) / count[:, None]
             coords = self._coords(distinct, torch.zeros_like(distinct), (height, width))
-        return Features(mean, coords, z[:, 0], tokens.places)
+        return Features(mean, coords, summary, tokens.places)
 
 
 def _joined(layers: nn.Sequential, matrix: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -336,11 +369,21 @@ _NANO: dict[str, Any] = {
     "s1": {"sensor": "sentinel-1-asc", "bands": ("VV", "VH"), "gsd_m": 20.0, "mean": (-12.0, -19.0), "std": (5.0, 5.0)},
     "dem": {"sensor": "copernicus-dem", "bands": ("elevation",), "gsd_m": 40.0, "mean": (0.0,), "std": (1.0,)},
 }
+_OURS: dict[str, Any] = {"wavelength_unit_nm": 10.0, "spread": True, "skip": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "small": {"dim": 384, "heads": 6, "wavelength_unit_nm": 100.0},
-    "tiny": {"dim": 192, "depth": 6, "heads": 6, "wavelength_unit_nm": 100.0},
-    "nano": {"dim": 32, "depth": 2, "heads": 2, "time_heads": 4, "key_dim": 4, "gsd_m": 20.0, "modalities": _NANO},
+    "small": {"dim": 384, "heads": 6, **_OURS},
+    "tiny": {"dim": 192, "depth": 6, "heads": 6, **_OURS},
+    "nano": {
+        "dim": 32,
+        "depth": 2,
+        "heads": 2,
+        "time_heads": 4,
+        "key_dim": 4,
+        "gsd_m": 20.0,
+        "modalities": _NANO,
+        **_OURS,
+    },
 }
 """``base`` has the sizes of the published weights; the others have none. ``nano`` is for tests."""
 

@@ -122,7 +122,7 @@ class Mae(Objective):
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         gsd_m = drawn_size(self.gsd_m or [encoder.config["gsd_m"]], batch.source, "gsd_m", generator)
-        view: Any = encoder.at(gsd_m=gsd_m, output="layer")
+        view: Any = encoder.at(gsd_m=gsd_m, output="layer", skip=False)
         first = row_offset(len(batch), next(encoder.parameters()).device)
         batch = view.known(batch)
         names = [n for n in [*view.inputs, *sorted(set(batch.layers) - set(view.inputs))] if n in batch.layers]

@@ -47,7 +47,7 @@ def batch(places: int = 2, dates: int = 3, seed: int = 0) -> Batch:
 
 def test_a_quarter_is_shown_and_losses_are_finite(encoder) -> None:
     task = mae.build(encoder=encoder, subsets=False, **OPTIONS)
-    view = encoder.at(output="layer")
+    view = encoder.at(skip=False, output="layer")
     tokens = view.tokenize(batch())
     keep = task.kept(tokens, torch.rand(len(tokens)))
     assert torch.bincount(tokens.coords.row[keep]).tolist() == [32, 32]  # of 64 + 64 cells of each place
@@ -82,9 +82,9 @@ def test_invalid_values_and_blind_dates_change_nothing(encoder) -> None:
 
 def test_a_place_draws_the_same_whatever_batch_it_is_in(encoder) -> None:
     both = batch(2)
-    tokens = encoder.at(output="layer").tokenize(both)
+    tokens = encoder.at(skip=False, output="layer").tokenize(both)
     noise = uniform(torch.Generator().manual_seed(0), tokens.coords.row, ordinal(tokens.coords.row, 2))
-    alone = encoder.at(output="layer").tokenize(both[1])
+    alone = encoder.at(skip=False, output="layer").tokenize(both[1])
     again = uniform(torch.Generator().manual_seed(0), alone.coords.row + 1, ordinal(alone.coords.row, 1))
     task = mae.build(encoder=encoder, **OPTIONS)
     assert torch.equal(task.kept(tokens, noise)[tokens.coords.row == 1], task.kept(alone, again))
@@ -99,7 +99,7 @@ def test_steps_draw_sizes_and_subsets(encoder) -> None:
 
 def test_values_are_those_of_the_plain_formulation(encoder) -> None:
     task = mae.build(encoder=encoder, subsets=False, **OPTIONS).eval()
-    view = encoder.at(output="layer", antialias=False)
+    view = encoder.at(skip=False, output="layer", antialias=False)
     tokens = view.tokenize(batch(1, dates=1).only("s1"))
     keep = torch.zeros(len(tokens), dtype=torch.bool)
     keep[:5] = True
