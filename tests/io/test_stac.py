@@ -1,116 +1,42 @@
-"""A place from a STAC catalogue, on loopback: what is read is what the files hold, and what goes wrong is said."""
+"""A place from a STAC catalogue, on loopback: what is read is what the files hold, in the right units."""
 
 from __future__ import annotations
 
-import math
-import multiprocessing
 import os
 import pickle
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+import sys
+import threading
+from datetime import UTC, datetime
 
-import geopandas
 import numpy as np
 import pytest
 import rasterio
 import rasterio.warp
-import shapely
 import torch
 from affine import Affine
-from loopback import Loopback, serving
-from odc.geo.geobox import GeoBox
-from stac_made import cog, collection, item, static
+from stac_made import (
+    CORNER,
+    GRID,
+    S2,
+    SIZE,
+    add,
+    api,
+    cog,
+    collection,
+    contract,
+    expected,
+    item,
+    numbers,
+    s2,
+    square,
+    static,
+)
 
 import everysat as es
 from everysat import sensors
-from everysat.io import cache, catalogue, grid, remote, stac
-from everysat.io.fields import places, read_each
-from everysat.io.plane import HANDLES
+from everysat.io import catalogue, grid, remote, stac
 from everysat.io.read import open_scene
-from everysat.types import ALWAYS, ContractError, Input, Place
-
-UTM = "EPSG:32633"
-CORNER = (330_000.0, 5_822_040.0)
-SIZE = 256
-GRID = Affine(10, 0, CORNER[0], 0, -10, CORNER[1])
-
-
-@pytest.fixture(autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, and little patience."""
-    monkeypatch.setenv("EVERYSAT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(remote, "TIMEOUT_S", 0.3)
-    remote._TOKENS.clear()
-    stac._OPEN.clear()
-    HANDLES.forget()
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Loopback]:
-    with serving(tmp_path) as made:
-        yield made
-
-
-def square(x: float = 330_300, y: float = 5_821_700, size: int = 64, gsd: float = 10, crs: str = UTM) -> Place:
-    return grid.place_of(GeoBox((size, size), Affine(gsd, 0, x, 0, -gsd, y), crs))
-
-
-def numbers(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1100, 4000, shape).astype(np.uint16)
-
-
-def add(
-    site: Loopback, name: str, kind: str, when, bands, *, transform=GRID, crs=UTM, nodata=None, **facts
-) -> dict[str, np.ndarray]:
-    """An item of ``bands`` {asset: values} on the server; returns the values."""
-    assets = {}
-    for key, values in bands.items():
-        scale = SIZE // values.shape[-1] or 1
-        assets[key] = cog(
-            site.folder / name / f"{key}.tif", values, transform * Affine.scale(scale), crs, nodata=nodata
-        )
-    site.items.append(item(site.folder, site.url, name, kind, when, assets, **facts))
-    if kind not in {c["id"] for c in site.collections}:
-        site.collections.append(collection(kind))
-    return dict(bands)
-
-
-def s2(site: Loopback, name: str, when: str, *, seed: int = 0, bands=("B04", "B08"), scl: int | None = 4, **facts):
-    made = {band: numbers(SIZE, SIZE, seed=seed + i) for i, band in enumerate(bands)}
-    if scl is not None:
-        made["SCL"] = np.full((SIZE // 2, SIZE // 2), scl, np.uint8)
-    return add(site, name, "sentinel-2-l2a", when, made, **{"s2:processing_baseline": "05.09", **facts})
-
-
-def expected(values: np.ndarray, offset: float = -0.1, rows=slice(34, 98), cols=slice(30, 94)) -> np.ndarray:
-    return values[rows, cols] * 1e-4 + offset
-
-
-def contract(sensor: str, *bands: str, gsd: float = 10, dated: bool = True) -> Input:
-    chosen = sensors.get(sensor).select(bands)
-    return Input(chosen, gsd, (0.0,) * len(bands), (1.0,) * len(bands), dated)
-
-
-LAST = (slice(150, 214), slice(160, 224))
-"""Rows and columns of :func:`last`, in the last tile of each file, which comes with no header."""
-
-
-def last() -> Place:
-    return square(331_600, 5_820_540)
-
-
-S2 = {"s2": contract("sentinel-2-l2a", "B04", "B08")}
-
-
-def api(site: Loopback) -> str:
-    return f"{site.url}/api"
-
-
-# What is read
+from everysat.types import ALWAYS, ContractError, Place
 
 
 def test_reading_a_place_gives_the_pixels_of_its_files(site):
@@ -227,9 +153,6 @@ def test_what_is_not_there_is_not_asked_for(site):
     assert not site.asked("/b/")
 
 
-# Passes, tiles, zones
-
-
 def test_neighbouring_tiles_of_a_pass_are_one_observation(site):
     west = s2(site, "w", "2024-06-03T10:20:30Z", bands=("B04",))["B04"]
     east = numbers(SIZE, SIZE, seed=5)
@@ -305,6 +228,21 @@ def test_a_place_across_the_antimeridian_is_whole(site):
     assert tuple(layer.time_s[0].tolist()) == ALWAYS
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        ((179, 0, 181, 1), (-180, 0, -179.5, 1), True),
+        ((179, 0, 181, 1), (179.5, 0, 180, 1), True),
+        ((-180, 0, -179.9, 1), (179, 0, 180, 1), True),
+        ((179, 0, 181, 1), (-178, 0, -177, 1), False),
+        ((10, 0, 11, 1), (11.5, 0, 12, 1), False),
+        ((10, 0, 11, 1), (10.5, 2, 12, 3), False),
+    ],
+)
+def test_boxes_meet_across_the_antimeridian(one, other, meet):
+    assert stac.touches(one, other) is stac.touches(other, one) is meet
+
+
 def test_collections_without_dates_need_no_period_and_stand_beside_dated_ones(site):
     add(site, "dem", "cop-dem-glo-30", None, {"data": np.full((128, 128), 55.5, np.float32)},
         transform=Affine(30, 0, *[CORNER[0], 0, -30, CORNER[1]]))  # fmt: skip
@@ -315,9 +253,6 @@ def test_collections_without_dates_need_no_period_and_stand_beside_dated_ones(si
     assert (batch.raster("dem").values == 55.5).all()
     with pytest.raises(ValueError, match=r"period: collection sentinel-2-l2a has dates"):
         es.read(square(), None, S2, source=api(site))
-
-
-# Units and masks
 
 
 @pytest.mark.parametrize(
@@ -447,117 +382,12 @@ def test_radar_is_averaged_in_power(site):
     np.testing.assert_allclose(layer.values[0, 0], 10 * np.log10(mean), atol=1e-3)
 
 
-# Many places
-
-
-def test_fields_of_a_layer_are_read_one_after_another(site, tmp_path):
-    made = s2(site, "a", "2024-06-03T10:20:30Z")
-    corners = [(330_060 + 60 * (i % 30), 5_821_980 - 60 * (i // 30)) for i in range(300)]
-    frame = geopandas.GeoDataFrame(geometry=[shapely.box(x + 1, y - 59, x + 59, y - 1) for x, y in corners], crs=UTM)
-    frame.to_file(tmp_path / "fields.gpkg", layer="fields")
-    fields = places(tmp_path / "fields.gpkg", gsd_m=10)
-    assert len(fields) == 300
-    some = fields[:40]
-    requests = []
-    for at, (each, batch) in enumerate(zip(some, read_each(some, "2024-06", S2, source=api(site)), strict=True)):
-        x, y = corners[at]
-        row, col = round((CORNER[1] - y) / 10), round((x - CORNER[0]) / 10)
-        got = batch.raster("s2").values[0, 0]
-        assert batch.places == (each,)
-        np.testing.assert_allclose(
-            got, expected(made["B04"], -0.1, slice(row, row + 6), slice(col, col + 6)), atol=1e-6
-        )
-        requests.append(len(site.log))
-    assert site.asked("/search") <= 2, "neighbours share a search"
-    assert requests[-1] < 30, "and their files"
-
-
-def test_fields_are_read_as_they_are_asked_for(site):
+@pytest.mark.parametrize("package", ["pystac_client", "requests"])
+def test_missing_packages_are_named(site, monkeypatch, package):
     s2(site, "a", "2024-06-03T10:20:30Z")
-    far = [square(x=330_000 + 100 * i, size=10) for i in range(20)]
-    read = read_each(far, "2024-06", S2, source=api(site), ahead=2)
-    assert not site.log
-    next(read)
-    read.close()
-
-
-def test_fields_without_observation_are_counted(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    some = [square(size=10), square(x=700_000, size=10), square(x=331_000, size=10)]
-    with pytest.warns(UserWarning, match="1 of 3 places have no observation: nothing of sentinel-2-l2a was found"):
-        batches = list(read_each(some, "2024-06", S2, source=api(site)))
-    assert [sorted(b.layers) for b in batches] == [["s2"], [], ["s2"]]
-    with pytest.raises(LookupError, match="nothing of sentinel-2-l2a"):
-        list(read_each(some[1:2], "2024-06", S2, source=api(site)))
-
-
-def test_points_of_a_layer_become_squares_in_their_own_zones(tmp_path):
-    points = geopandas.GeoDataFrame(geometry=[shapely.Point(11.9, 50), shapely.Point(12.1, 50)], crs="EPSG:4326")
-    points.to_file(tmp_path / "p.geojson")
-    made = places(tmp_path / "p.geojson", size_m=500)
-    assert [str(p.geobox.crs) for p in made] == ["EPSG:32632", "EPSG:32633"]
-    assert [p.width_m for p in made] == [500, 500]
-    with pytest.raises(ValueError, match="give size_m"):
-        places(points)
-    with pytest.raises(ValueError, match="feature 1 of the layer has no geometry"):
-        places(geopandas.GeoDataFrame(geometry=[shapely.box(0, 0, 1, 1), None], crs=UTM))
-
-
-# What goes wrong
-
-
-@pytest.mark.parametrize("plan", [[500], [503, 502, 429], ["cut"], ["short"], ["slow"], ["cut", 500, "short"]])
-@pytest.mark.parametrize("where", ["B04.tif", "/api/search", "/api"])
-def test_what_passes_is_tried_again(site, plan, where):
-    made = s2(site, "a", "2024-06-03T10:20:30Z")
-    site.delay_s = 0.5
-    site.plans[where] = [p for p in plan if p != "short" or where == "B04.tif"]
-    layer = es.read(square(), "2024-06", S2, source=api(site)).raster("s2")
-    np.testing.assert_allclose(layer.values[0, 0], expected(made["B04"]), atol=1e-6)
-    assert not site.plans[where]
-
-
-def test_a_transfer_that_breaks_among_the_pixels_is_tried_again(site):
-    made = s2(site, "a", "2024-06-03T10:20:30Z")
-    scene = open_scene(last(), "2024-06", S2, source=api(site))
-    site.plans["B04.tif"] = ["cut", 500, "short"]
-    np.testing.assert_allclose(scene.read().raster("s2").values[0, 0], expected(made["B04"], -0.1, *LAST), atol=1e-6)
-    assert not site.plans["B04.tif"]
-
-
-@pytest.mark.parametrize(
-    ("plan", "kind", "says"),
-    [
-        (500, ConnectionError, r"B04.tif: the server answers 500 \(made to fail\) \(5 tries\). Try again later"),
-        ("cut", ConnectionError, r"B04.tif could not be fetched whole .*\(5 tries\)"),
-        ("short", ConnectionError, r"B04.tif was cut off after \d+ bytes \(5 tries\)"),
-        ("slow", TimeoutError, r"B04.tif did not answer within 0.3 s \(5 tries\)"),
-        (404, FileNotFoundError, "B04.tif: the server answers 404"),
-        (403, PermissionError, "B04.tif: the server answers 403 .*expired; renew it"),
-    ],
-)
-@pytest.mark.parametrize("late", [False, True])
-def test_what_stays_wrong_is_said(site, plan, kind, says, late):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    site.delay_s = 0.4
-    if not late:
-        site.plans["B04.tif"] = [plan] * 5
-        with pytest.raises(kind, match=says):
-            open_scene(last(), "2024-06", S2, source=api(site))
-        return
-    scene = open_scene(last(), "2024-06", S2, source=api(site))
-    site.plans["B04.tif"] = [plan] * 5
-    with pytest.raises(kind, match=says):
-        scene.read()
-
-
-def test_a_search_that_fails_is_said(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    site.plans["/api/search"] = [500] * 5
-    with pytest.raises(ConnectionError, match=r"/api/search: the server answers 500"):
-        es.read(square(), "2024-06", S2, source=api(site))
-    site.plans["/api/search"] = [401]
-    with pytest.raises(PermissionError, match="token is missing, wrong or has expired"):
+    monkeypatch.setattr(remote, "_LOCAL", threading.local())
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'everysat\[stac\]'"):
         es.read(square(), "2024-06", S2, source=api(site))
 
 
@@ -620,227 +450,6 @@ def test_a_lacking_band_is_an_error(site):
         es.read(square(), "2024-06", S2, source=api(site))
 
 
-def test_a_file_that_is_no_raster_is_named(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    (site.folder / "a" / "B04.tif").write_bytes(b"<html>not found</html>")
-    with pytest.raises(OSError, match=r"a/B04.tif is no raster that can be read"):
-        es.read(square(), "2024-06", S2, source=api(site))
-    content = (site.folder / "a" / "B08.tif").read_bytes()
-    (site.folder / "a" / "B04.tif").write_bytes(content[:16] + b"\xff" * (len(content) - 16))
-    HANDLES.forget()
-    with pytest.raises(OSError, match=r"B04\.tif"):
-        es.read(square(), "2024-06", S2, source=f"{api(site)}/")
-
-
-# Tokens
-
-
-def issue(site: Loopback, token: str, seconds: float) -> None:
-    until = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
-    site.issued = lambda: {"token": f"sig={token}", "msft:expiry": until}
-
-
-@pytest.fixture
-def signed(site: Loopback) -> Path:
-    table = site.folder / "source.toml"
-    table.write_text(
-        f'stac = "{api(site)}"\nsign = {{ host = "127.0.0.1", token = "{site.url}/sas/{{account}}/{{container}}" }}\n'
-        '[collections.sentinel-2-l2a]\nsensor = "sentinel-2-l2a"\nmask = { asset = "SCL", sensor = "sentinel-2-scl" }\n'
-    )
-    site.token = "first"
-    issue(site, "first", 3600)
-    return table
-
-
-def test_files_are_signed_with_one_token_a_container(site, signed):
-    made = s2(site, "a", "2024-06-03T10:20:30Z")
-    layer = es.read(square(), "2024-06", S2, source=signed).raster("s2")
-    np.testing.assert_allclose(layer.values[0, 0], expected(made["B04"]), atol=1e-6)
-    assert [path for path in site.log if path.startswith("/sas")] == ["/sas/127/a"]
-
-
-def test_tokens_are_renewed_before_they_expire_and_after_they_did(site, signed):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    issue(site, "first", 30)  # less than a minute: not to be relied on for long
-    scene = open_scene(square(), "2024-06", S2, source=signed)
-    issue(site, "second", 3600)
-    site.token = "second"
-    assert scene.read().raster("s2").valid.all()
-    site.token = "third"  # revoked, although it should still hold
-    issue(site, "third", 3600)
-    assert scene.read((slice(0, 64), slice(0, 64))).raster("s2").valid.all()
-    whole = es.read(square(x=331_500), "2024-06", S2, source=signed)
-    assert whole.raster("s2").valid.all()
-
-
-def test_what_is_no_token_is_said(site, signed):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    site.issued = lambda: {"error": "no"}
-    with pytest.raises(OSError, match=r"/sas/127/a was asked for a token and did not give one"):
-        es.read(square(), "2024-06", S2, source=signed)
-
-
-def test_a_token_that_is_refused_twice_is_said_and_not_shown(site, signed):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    site.token = "other"
-    with pytest.raises(PermissionError, match=r"403.*expired") as caught:
-        es.read(square(), "2024-06", S2, source=signed)
-    assert "first" not in str(caught.value)
-
-
-def test_headers_come_from_the_environment_and_go_to_the_catalogue_alone(site, monkeypatch, tmp_path):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    table = site.folder / "source.toml"
-    with serving(tmp_path) as files:
-        for asset in site.items[0]["assets"].values():
-            asset["href"] = asset["href"].replace(site.url, files.url)
-        table.write_text(
-            f'stac = "{api(site)}"\nheaders = {{ Authorization = "Bearer ${{MY_TOKEN}}" }}\n'
-            '[collections.sentinel-2-l2a]\nsensor = "sentinel-2-l2a"\n'
-        )
-        with pytest.raises(ValueError, match="environment variable MY_TOKEN, which is not set"):
-            catalogue.load(table)
-        monkeypatch.setenv("MY_TOKEN", "secret")
-        assert es.read(square(), "2024-06", S2, source=table).raster("s2").valid.all()
-        assert site.authorised == site.log
-        assert files.log
-        assert not files.authorised
-
-
-# The cache
-
-
-def test_what_was_read_is_not_asked_for_again(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    first = es.read(square(), "2024-06", S2, source=api(site))
-    site.log.clear()
-    HANDLES.forget()
-    again = es.read(square(), "2024-06", S2, source=api(site))
-    assert torch.equal(first.raster("s2").values, again.raster("s2").values)
-    assert not site.asked(".tif")
-
-
-def test_a_spoilt_block_is_fetched_again(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    first = es.read(square(), "2024-06", S2, source=api(site))
-    HANDLES.forget()
-    for path in cache.folder().glob("*.tif"):
-        path.write_bytes(bytes(path.stat().st_size))
-    again = es.read(square(), "2024-06", S2, source=api(site))
-    assert torch.equal(first.raster("s2").values, again.raster("s2").values)
-
-
-def test_the_cache_keeps_to_its_limit(site, monkeypatch):
-    monkeypatch.setenv("EVERYSAT_CACHE_GB", "0.0005")
-    made = [s2(site, f"d{day}", f"2024-06-{day:02d}T10:00:00Z", seed=day) for day in range(1, 9)]
-    layer = es.read(square(size=200), "2024-06", S2, source=api(site)).raster("s2")
-    for obs, values in enumerate(made):
-        np.testing.assert_allclose(
-            layer.values[obs, 1], expected(values["B08"], -0.1, slice(34, 234), slice(30, 230)), atol=1e-6
-        )
-    used = sum(os.stat(path).st_blocks * 512 for path in cache.folder().iterdir())
-    assert used <= 0.0005e9 + 2 * 16 * cache.BLOCK
-    for wrong in ("0", "many", "-1"):
-        monkeypatch.setenv("EVERYSAT_CACHE_GB", wrong)
-        with pytest.raises(ValueError, match="EVERYSAT_CACHE_GB"):
-            cache.limit_bytes()
-
-
-def test_a_file_that_changed_on_its_server_is_noticed(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    scene = open_scene(last(), "2024-06", S2, source=api(site))
-    path = site.folder / "a" / "B04.tif"
-    path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(OSError, match="was replaced on its server"):
-        scene.read()
-    HANDLES.forget()
-    assert es.read(last(), "2024-06", S2, source=api(site)).raster("s2").valid.all()
-
-
-def test_a_forked_process_reads_too(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    scene = open_scene(last(), "2024-06", S2, source=api(site))
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        found = pool.map(_pixels, [scene] * 4)
-    assert all(np.array_equal(each, scene.read().raster("s2").values.numpy()) for each in found)
-
-
-def _pixels(scene):
-    return scene.read().raster("s2").values.numpy()
-
-
-def test_threads_share_one_download(site):
-    s2(site, "a", "2024-06-03T10:20:30Z")
-    scene = open_scene(square(), "2024-06", S2, source=api(site))
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: scene.read().raster("s2").values, range(8)))
-    assert all(torch.equal(found[0], each) for each in found)
-    assert site.asked("B04.tif") <= 3
-
-
-# Layouts of TIFF
-
-LAYOUTS = {
-    "strips": {},
-    "tiles": {"tiled": True, "blockxsize": 64, "blockysize": 32},
-    "bigtiff": {"tiled": True, "blockxsize": 64, "blockysize": 64, "BIGTIFF": "YES", "compress": "lzw", "predictor": 2},
-    "big-endian": {"ENDIANNESS": "BIG", "tiled": True, "blockxsize": 64, "blockysize": 64},
-    "one band after another": {
-        "interleave": "band",
-        "tiled": True,
-        "blockxsize": 64,
-        "blockysize": 64,
-        "compress": "deflate",
-    },
-    "band by band in strips": {"interleave": "band"},
-    "sparse": {"SPARSE_OK": True, "tiled": True, "blockxsize": 64, "blockysize": 64, "nodata": 0},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_any_tiff_over_http_equals_the_file(site, layout, masked):
-    values = np.random.default_rng(0).integers(1, 255, (3, 300, 417)).astype(np.uint16)
-    values[:, :128, :128] = 0
-    path = site.folder / "x.tif"
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(
-        path, "w", driver="GTiff", count=3, height=300, width=417, dtype="uint16", crs=UTM, transform=GRID, **LAYOUTS[layout]
-    ) as file:  # fmt: skip
-        file.write(values)
-        if masked:
-            file.write_mask(np.arange(300 * 417).reshape(300, 417) % 7 > 0)
-    far = remote.RemoteDataset(f"{site.url}/x.tif")
-    with rasterio.open(path) as near:
-        for rows, cols in (((0, 10), (0, 10)), ((120, 300), (100, 417)), ((299, 300), (416, 417))):
-            window = rasterio.windows.Window.from_slices(rows, cols)
-            for band in (1, 2, 3):
-                np.testing.assert_array_equal(far.read(band, window=window), near.read(band, window=window))
-                np.testing.assert_array_equal(far.read_masks(band, window=window), near.read_masks(band, window=window))
-
-
-def test_other_formats_over_http_are_fetched_whole(site, real_scene):
-    path = next(real_scene.glob("s2l1c/IMG_DATA/*_B01.jp2"))
-    (site.folder / "b.jp2").write_bytes(path.read_bytes())
-    far = remote.RemoteDataset(f"{site.url}/b.jp2")
-    with rasterio.open(path) as near:
-        window = rasterio.windows.Window(0, 0, near.width, near.height)
-        np.testing.assert_array_equal(far.read(1, window=window), near.read(1))
-
-
-def test_files_on_servers_are_read_like_files(site):
-    made = s2(site, "S2A_MSIL2A_20240603T102030_N0509", "2024-06-03T10:20:30Z")
-    url = f"{site.url}/S2A_MSIL2A_20240603T102030_N0509/B04.tif"
-    layer = es.read(url, sensor="sentinel-2-l2a", processing_baseline="05.09").raster("sentinel-2-l2a-10m")
-    np.testing.assert_allclose(layer.values[0, 0], made["B04"] * 1e-4 - 0.1, atol=1e-6)
-
-
-def test_public_buckets_are_reached_by_their_web_address():
-    assert remote.address("gs://bucket/b.tif") == "https://storage.googleapis.com/bucket/b.tif"
-    assert remote.address("s3://bucket/a/b.tif") == "https://bucket.s3.amazonaws.com/a/b.tif"
-    path = remote.address("https://x/y.tif", sign="https://t/{account}", version="2024")
-    assert remote.parts(path) == ("https://x/y.tif", {"sign": "https://t/{account}", "version": "2024"})
-
-
 @pytest.mark.parametrize("name", catalogue.names())
 def test_described_sources_name_tables_and_bands_that_exist(name):
     source = catalogue.load(name)
@@ -858,16 +467,3 @@ def test_memory_is_asked_for_before_it_is_taken(site, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2)
     with pytest.raises(MemoryError, match="Read a smaller place or a shorter period"):
         es.read(square(), "2024-06", S2, source=api(site))
-
-
-def test_pauses_grow_and_a_server_may_ask_for_longer_ones(site, monkeypatch):
-    pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    monkeypatch.setattr(remote, "BACKOFF_S", 1.0)
-    (site.folder / "x").write_bytes(b"x")
-    site.plans["/x"] = [503] * 4
-    assert remote.request(f"{site.url}/x")[0] == b"x"
-    waits = [p for p in pauses if p >= 0.5]
-    assert len(waits) == 4
-    assert all(2**i * 0.5 <= wait <= 2**i * 1.5 for i, wait in enumerate(waits))
-    assert math.isclose(remote.LONGEST_S, 30)
