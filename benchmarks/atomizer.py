@@ -4,7 +4,8 @@
     python -m benchmarks.atomizer scaling     # writes benchmarks/results/atomizer_scaling.json
 
 Random weights of the assumed size of the published model (``bmvc``). Each measurement runs in a process of its own with one thread;
-figures are ratios within a run, or exponents of a power law; memory is what the process grew by beyond weights and input.
+figures are ratios within a run, or exponents of a power law; memory is what the process grew by beyond weights and input. Beyond
+``HELD_ELEMENTS``, keys and values are made in parts, with less memory: exponents across that limit are of no one way.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ def sweeps() -> dict[str, tuple[list[dict[str, Any]], str]]:
     tiny = {"variant": "tiny", "changes": {"token_m": 100.0}}
     return {
         "bmvc, tokens of one image of 12 bands": ([{"px": px, "tokens": 12 * px * px} for px in sides], "tokens"),
-        "tiny with read-out per 100 m and dates, side of the place": (
+        "tiny with read-out per 100 m and dates, side of the place (the last in parts)": (
             [{**tiny, "px": px, "dates": 2, "tokens": 24 * px * px} for px in sides],
             "tokens",
         ),
-        "tiny with read-out, number of dates, 60 px": (
+        "tiny with read-out, number of dates, 60 px (the last in parts)": (
             [{**tiny, "px": 60, "dates": t, "tokens": 12 * 3600 * t} for t in (1, 4, 16, 32)],
             "tokens",
         ),
