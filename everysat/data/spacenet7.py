@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 import torch
-from affine import Affine
 from odc.geo.geobox import GeoBox
-from rasterio.features import rasterize
 from shapely.errors import GEOSException
 from shapely.geometry import shape
 
@@ -169,21 +168,33 @@ def _buildings(image: Path, size: tuple[int, int]) -> np.ndarray:
         outlines = [shape(feature["geometry"]) for feature in content["features"] if feature.get("geometry")]
     except (KeyError, TypeError, ValueError, GEOSException) as error:
         raise ValueError(f"{path} is no collection of outlines ({error})") from error
-    outlines = [outline for outline in outlines if not outline.is_empty]
-    if not outlines:
+    drawn = np.array([outline for outline in outlines if not outline.is_empty], dtype=object)
+    if not len(drawn):
         return np.zeros(size, np.uint8)
-    west, south = (min(outline.bounds[i] for outline in outlines) for i in (0, 1))
-    east, north = (max(outline.bounds[i] for outline in outlines) for i in (2, 3))
+    west, south, east, north = shapely.total_bounds(drawn)
     if min(west, south) < -2 or east > size[1] + 2 or north > size[0] + 2:
         raise ValueError(
             f"{path}: outlines reach from {west:.1f}, {south:.1f} to {east:.1f}, {north:.1f}, expected pixels of an image of {size}. "
             "The folder labels_match holds degrees; labels_match_pix is the right one"
         )
-    # With a border, as rasterio warns of a transform that is the identity, and what silences warnings is not safe in threads.
-    bordered = rasterize(
-        outlines, out_shape=(size[0] + 2, size[1] + 2), transform=Affine.translation(-1, -1), dtype="uint8"
-    )
-    return bordered[1:-1, 1:-1]
+    return _covered(drawn, size)
+
+
+def _covered(outlines: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """1 where the centre of a pixel is inside of an outline. Agrees with rasterio.features.rasterize, which for thousands of small
+    outlines takes three times as long, and warns of a missing georeference when it runs in threads."""
+    bounds = shapely.bounds(outlines)
+    first = np.clip(np.ceil(bounds[:, :2] - 0.5).astype(int), 0, size[::-1])
+    last = np.clip(np.floor(bounds[:, 2:] - 0.5).astype(int) + 1, 0, size[::-1])
+    wide, high = np.maximum(last - first, 0).T
+    owner = np.repeat(np.arange(len(outlines)), wide * high)
+    step = np.arange(len(owner)) - np.repeat(np.cumsum(wide * high) - wide * high, wide * high)
+    columns, rows = first[owner, 0] + step % wide[owner], first[owner, 1] + step // wide[owner]
+    shapely.prepare(outlines)
+    inside = shapely.contains_xy(outlines[owner], columns + 0.5, rows + 0.5)
+    covered = np.zeros(size, np.uint8)
+    covered[rows[inside], columns[inside]] = 1
+    return covered
 
 
 def build(

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rasterio.features import shapes
+from affine import Affine
+from rasterio.features import rasterize, shapes
 from rasterio.io import MemoryFile
-from shapely.geometry import shape
+from shapely.geometry import Polygon, box, shape
 from tortilla import members
 
 from everysat.data import bigearthnet, spacenet7
@@ -232,6 +233,20 @@ class TestSpaceNet7:
                 assert whole.values[k].equal(one.values[0])
                 assert whole.valid[k].equal(one.valid[0])
                 assert whole.time_s[k].equal(one.time_s[0])
+
+    def test_outlines_are_filled_as_rasterio_fills_them(self) -> None:
+        rng = np.random.default_rng(0)
+        outlines = []
+        for centre in rng.uniform(-3, 67, (80, 2)):
+            angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+            reach = rng.uniform(0.2, 9, 9)
+            outlines.append(Polygon(centre + np.stack([reach * np.cos(angles), reach * np.sin(angles)], -1)).buffer(0))
+        outlines += [box(10, 10, 40, 30).difference(box(15, 15, 20, 20)), box(-5, -5, -1, 70), box(3.1, 3.1, 3.2, 3.2)]
+        expected = rasterize(
+            outlines, out_shape=(64, 48), transform=Affine.translation(0, 0) * Affine.scale(1.0), dtype="uint8"
+        )
+        assert (spacenet7._covered(np.array(outlines, dtype=object), (64, 48)) == expected).all()
+        assert 0.2 < expected.mean() < 0.9
 
     def test_months_with_clouds_can_be_left_out(self, root: Path) -> None:
         clear = spacenet7.build(root=root, cloudy=False)
