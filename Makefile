@@ -50,6 +50,10 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.ragged
 	$(BIN)/python -m benchmarks.anysat speed
 	$(BIN)/python -m benchmarks.anysat scaling
+	$(BIN)/python -m benchmarks.ramen speed
+	$(BIN)/python -m benchmarks.ramen scaling
+	$(BIN)/python -m benchmarks.atomizer speed
+	$(BIN)/python -m benchmarks.atomizer scaling
 
 clean:
 	rm -rf .venv build dist site demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

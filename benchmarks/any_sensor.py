@@ -64,7 +64,7 @@ AS_PUBLISHED = ["model.options.wavelength_unit_nm=1", "model.options.spread=fals
 MODELS: dict[str, tuple[str, list[str]]] = {
     "RAMEN": ("ramen_berlin", ["steps=300"]),
     "RAMEN, as published": ("ramen_berlin", ["steps=300", *AS_PUBLISHED, "objective.options.band_ratio=0"]),
-    "Atomizer": ("atomizer_berlin", ["steps=300"]),
+    "Atomizer": ("atomizer_berlin", ["steps=150"]),
     "AnySat": ("anysat_berlin", []),
 }
 
