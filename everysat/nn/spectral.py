@@ -59,7 +59,8 @@ def physics(sensor: Sensor, band: Band) -> Physics | None:
         )
     if sensor.kind == "terrain":
         labels = [label.lower() for label in (band.name, *band.aliases)]
-        found = next((code for code in TERRAIN if code in labels), "dsm" if band.unit == "m" else "")
+        codes = {**dict(zip(TERRAIN, TERRAIN, strict=True)), "elevation": "dsm", "dem": "dsm"}
+        found = next((codes[label] for label in labels if label in codes), "")
         return Physics("terrain", code=found) if found else None
     return None
 
