@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from everysat.data.batches import Dataset, Joined, Subset
-from everysat.data.statistics import band_statistics, spread, summarise
+from everysat.data.statistics import Summary, band_statistics, spread, summarise
 from everysat.find import find
 from everysat.models import weights
 from everysat.nn.spectral import listing
@@ -77,14 +77,14 @@ def with_statistics(encoder: Encoder, datasets: Sequence[Dataset]) -> Encoder:
     config = json.loads(json.dumps(encoder.config))
     modalities = config.get("modalities")
     each = max(1, 1000 // len(datasets))
-    some = Joined([Subset(d, spread(len(d), each)) for d in datasets])
+    some = [Subset(d, spread(len(d), each)) for d in datasets]
     if encoder.any_sensor and not encoder.inputs:
         return _rebuilt(encoder, {**config, "modalities": _found_in(some)})
     if not isinstance(modalities, dict) or not set(encoder.inputs) <= set(modalities):
         raise RecipeError(
             f"model.statistics=data: the config of {encoder.family} lists no modalities; give means in options"
         )
-    found = band_statistics(_Only(some, encoder.inputs), inputs=encoder.inputs, unseen=True)
+    found = band_statistics(_Only(Joined(some), encoder.inputs), inputs=encoder.inputs, unseen=True)
     for name, (mean, std) in found.items():
         modalities[name] |= {"mean": list(mean), "std": list(std)}
     return _rebuilt(encoder, config)
@@ -96,10 +96,18 @@ def _rebuilt(encoder: Encoder, config: dict[str, Any]) -> Encoder:
     return again
 
 
-def _found_in(data: Dataset) -> dict[str, Any]:
-    """Modalities of an encoder for any sensor: all layers of the data that it can read."""
+def _found_in(datasets: Sequence[Dataset]) -> dict[str, Any]:
+    """Modalities of an encoder for any sensor: all layers of the data that it can read. A layer that datasets have of one sensor is listed
+    with the bands of all; one of another sensor is listed too, as ``name (sensor)``, for the moments of its bands."""
+    summaries: dict[str, Summary] = {}
+    for name, s in (item for data in datasets for item in summarise(data).items()):
+        before = summaries.get(name)
+        if before is not None and before.sensor.name != s.sensor.name:
+            name = f"{name} ({s.sensor.name})"
+            before = summaries.get(name)
+        summaries[name] = s if before is None else before.joined(s)
     found = {}
-    for name, s in summarise(data).items():
+    for name, s in summaries.items():
         mean, std = s.pool.moments(name, unseen=True)
         entry = listing(name, Input(s.sensor, s.gsd_m, mean, std, dated=s.dated))
         found.update({} if entry is None else {name: entry})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,18 @@ class Pooled:
         count = seen.sum(1).double()
         mean = torch.where(seen, x, 0.0).sum(1) / count.clamp(min=1)
         square = torch.where(seen, (x - mean[:, None]) ** 2, 0.0).sum(1)
-        total = (self.count + count).clamp(min=1)
-        shift = mean - self.mean
-        self.square += square + shift**2 * self.count * count / total
-        self.mean += shift * count / total
-        self.count += count
+        self._join(slice(None), count, mean, square)
+
+    def merge(self, bands: Tensor, other: Pooled) -> None:
+        """Add what ``other`` has seen, whose bands are these numbers here."""
+        self._join(bands, other.count, other.mean, other.square)
+
+    def _join(self, bands: Tensor | slice, count: Tensor, mean: Tensor, square: Tensor) -> None:
+        total = (self.count[bands] + count).clamp(min=1)
+        shift = mean - self.mean[bands]
+        self.square[bands] += square + shift**2 * self.count[bands] * count / total
+        self.mean[bands] += shift * count / total
+        self.count[bands] += count
 
     def moments(self, name: str, *, unseen: bool = False) -> Moments:
         """Mean and deviation per band; with ``unseen``, a band that was nowhere valid gets 0 and 1 instead of an error."""
@@ -55,6 +62,16 @@ class Summary:
     gsd_m: float
     dated: bool
     pool: Pooled
+
+    def joined(self, other: Summary) -> Summary:
+        """Of both together: the bands of this one, then those that only the other has; the pixel size of this one."""
+        new = [band.name for band in other.sensor.bands if band.name not in self.sensor]
+        sensor = replace(self.sensor, bands=self.sensor.bands + other.sensor.select(new).bands)
+        pool = Pooled(len(sensor.bands))
+        for part in (self, other):
+            at = torch.tensor([sensor.names.index(sensor[band.name].name) for band in part.sensor.bands])
+            pool.merge(at, part.pool)
+        return Summary(sensor, self.gsd_m, self.dated and other.dated, pool)
 
     def plain(self, name: str) -> dict[str, Any]:
         """As :mod:`everysat.io.statistics` keeps it."""

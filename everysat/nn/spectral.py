@@ -102,6 +102,7 @@ class AnySensor(Encoder):
         same = listed if listed is not None and listed.sensor.name == raster.sensor.name else None
         chosen = [b for b in raster.sensor.names if same is not None and b in same.sensor] or list(raster.sensor.names)
         raster = raster if chosen == list(raster.sensor.names) else raster.select(chosen)
+        known = [self.inputs[n] for n, listing in self.config["modalities"].items() if listing.get("mean") is not None]
         moments = []
         for band in raster.sensor.bands:
             if physics(raster.sensor, band) is None:
@@ -109,15 +110,7 @@ class AnySensor(Encoder):
                     f"layer {name!r} band {band.name} ({raster.sensor.name}): its table says no wavelength, polarisation or terrain quantity "
                     "that a model for any sensor could know it by. Select the other bands, or complete the sensor's table"
                 )
-            own = (
-                None
-                if same is None or band.name not in same.sensor
-                else same.sensor.names.index(same.sensor[band.name].name)
-            )
-            if own is not None and same is not None and same.sensor.bands[own].unit == band.unit:
-                moments.append((same.mean[own], same.std[own]))
-            else:
-                moments.append(_moments(name, raster.sensor, band, self.inputs.values()))
+            moments.append(_moments(name, raster.sensor, band, [*([] if same is None else [same]), *known]))
         mean, std = zip(*moments, strict=True)
         dated = bool(torch.isfinite(raster.time_s).all())
         return raster, Input(raster.sensor, raster.gsd_m, mean, std, dated=dated)
@@ -146,8 +139,12 @@ def listing(name: str, wanted: Input) -> dict[str, Any] | None:
 
 def _moments(name: str, sensor: Sensor, band: Band, inputs: Iterable[Input]) -> tuple[float, float]:
     """Mean and deviation of a band that is not listed: of what is listed, by wavelength, polarisation or quantity."""
-    wanted = physics(sensor, band)
+    wanted, inputs = physics(sensor, band), list(inputs)
     assert wanted is not None
+    for i in inputs:  # the very band, listed under another name
+        if i.sensor.name == sensor.name and band.name in i.sensor and i.sensor[band.name].unit == band.unit:
+            at = i.sensor.names.index(i.sensor[band.name].name)
+            return i.mean[at], i.std[at]
     listed = [
         (key, mean, std)
         for i in inputs

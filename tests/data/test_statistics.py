@@ -10,10 +10,12 @@ import rasterio
 import torch
 from rasterio.transform import from_origin
 
+from everysat import sensors
 from everysat.data.statistics import Windows, band_statistics, contract, spread, summarise
 from everysat.data.synthetic import build
 from everysat.io.read import open_scene
 from everysat.sensors import Band, Sensor
+from everysat.types import Batch, Place, Raster
 
 
 class Spoiled:
@@ -129,3 +131,19 @@ def test_windows_leave_out_no_pixel(tmp_path):
         assert int(summary.pool.count) == stored[name].size
         assert mean == pytest.approx(stored[name].mean(), rel=1e-9)
         assert std == pytest.approx(stored[name].std(), rel=1e-9)
+
+
+def test_summaries_of_two_sets_join_to_that_of_both() -> None:
+    def place(bands: list[str], seed: int) -> Batch:
+        values = torch.rand(1, len(bands), 6, 6, generator=torch.Generator().manual_seed(seed))
+        layer = Raster.of(sensors.get("sentinel-2-l2a").select(bands), values, 10.0)
+        return Batch((Place(60.0, 60.0),), {"s2": layer})
+
+    first, second = [place(["B02", "B03"], 0)], [place(["B03", "B08"], 1)]
+    joined = summarise(first)["s2"].joined(summarise(second)["s2"])
+    assert joined.sensor.names == ("B02", "B03", "B08")
+    both = torch.cat([first[0].raster("s2").select(["B03"]).values, second[0].raster("s2").select(["B03"]).values])
+    mean, std = joined.pool.moments("s2")
+    assert mean[1] == pytest.approx(float(both.mean()), abs=1e-6)
+    assert std[1] == pytest.approx(float(both.std(correction=0)), abs=1e-6)
+    assert mean[2] == pytest.approx(float(second[0].raster("s2").select(["B08"]).values.mean()), abs=1e-6)
