@@ -353,17 +353,18 @@ def _scene(
     """Files over a place, or without files what a source has of a place in a period."""
     from everysat.io import read
 
-    where = _where(place, min(i.gsd_m for i in encoder.inputs.values()))
+    inputs = encoder.reads
+    where = _where(place, min((i.gsd_m for i in (inputs or encoder.inputs).values()), default=None))
     if files:
         if period or source:
             raise ValueError("give either files, or --period and --source of a --place, not both")
-        return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=encoder.inputs)
+        return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs)
     if where is None:
         raise ValueError("give files, or a --place and a --period")
     if sensor or times:
         raise ValueError("--sensor and --time are for files: the source of a --place knows them")
     when = tuple(period.split("/")) if period and "/" in period else period
-    return read.open_scene(where, when, encoder.inputs, source=source)
+    return read.open_scene(where, when, inputs, source=source)
 
 
 def _where(place: str | None, gsd_m: float | None) -> Any:

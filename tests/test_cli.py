@@ -164,3 +164,34 @@ def test_from_scene_to_map_on_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "map.tif").is_file()
     assert (tmp_path / "map-confidence.tif").is_file()
+
+
+@pytest.mark.parametrize("family", ["ramen", "atomizer"])
+def test_a_model_for_any_sensor_takes_files_of_one_that_it_never_saw(family: str, tmp_path: Path) -> None:
+    import numpy as np
+    import rasterio
+
+    from everysat.find import find
+    from everysat.models import weights
+
+    (tmp_path / "camera.toml").write_text(
+        'kind = "optical"\nsource = "made up"\ndefaults = { gsd_m = 5, unit = "reflectance", scale = 1e-4 }\n'
+        'bands = [{ name = "green", wavelength_um = 0.55 }, { name = "nir", wavelength_um = 0.85 }]\n'
+    )
+    profile = {"driver": "GTiff", "count": 2, "height": 48, "width": 64, "dtype": "uint16", "crs": "EPSG:32633"}
+    with rasterio.open(
+        tmp_path / "a.tif", "w", transform=rasterio.Affine(5, 0, 390_000, 0, -5, 5_820_000), **profile
+    ) as file:
+        file.write(np.random.default_rng(0).integers(100, 5000, (2, 48, 64)).astype("uint16"))
+        file.descriptions = ("green", "nir")
+    model = find("models", family)[0].build("nano")
+    weights.save(tmp_path / "m.safetensors", model)
+    size = "gsd_m" if family == "ramen" else "token_m"
+    options = ["--sensor", tmp_path / "camera.toml", "--at", "layers=all", "--at", f"{size}=40", "--at", "cells=4"]
+    done = everysat("embed", tmp_path / "m.safetensors", tmp_path / "a.tif", *options, "-o", tmp_path / "f.tif")
+    assert done.returncode == 0, done.stderr
+    with rasterio.open(tmp_path / "f.tif") as file:
+        assert (file.count, file.shape, file.res) == (model.dim, (6, 8), (40.0, 40.0))
+        assert np.isfinite(file.read()).all()
+    refused = everysat("embed", tmp_path / "m.safetensors", tmp_path / "a.tif", *options[:2], "-o", tmp_path / "g.tif")
+    assert refused.returncode == 2  # by default, only what the contract lists
