@@ -178,19 +178,20 @@ class Ramen(AnySensor):
 
     def grid_of(self, batch: Batch) -> tuple[int, int]:
         """Height and width of the grid of cells that covers every place of the batch."""
-        side = self.settings.gsd_m
+        return self._cells(batch.height_m), self._cells(batch.width_m)
+
+    def _cells(self, extent_m: float) -> int:
         if "stretched" in self.settings.quirks:
-            return math.floor(batch.height_m / side + 1e-6), math.floor(batch.width_m / side + 1e-6)
-        return math.ceil(batch.height_m / side - 1e-4), math.ceil(batch.width_m / side - 1e-4)
+            return max(1, math.floor(extent_m / self.settings.gsd_m + 1e-6))
+        return math.ceil(extent_m / self.settings.gsd_m - 1e-4)
 
     def tokenize(self, batch: Batch) -> Tokens:
         """One token per place, layer and cell with any valid value. ``memo`` has the ``grid``, what was
         ``seen`` of each layer, and, for a decoder, what is ``asked`` of it."""
         grid = self.grid_of(batch)
         batch = self.known(batch)
-        groups = tuple(name for name in [*self.inputs, *batch.layers] if name in batch.layers)
-        groups = tuple(dict.fromkeys(groups))
-        seen = {name: self._seen(name, batch.raster(name), grid) for name in groups}
+        groups = tuple(dict.fromkeys(name for name in [*self.inputs, *batch.layers] if name in batch.layers))
+        seen = {name: self._seen(name, batch, grid) for name in groups}
         found = [self._tokens(name, layer, len(batch), grid[0] * grid[1]) for name, layer in seen.items()]
         x = torch.cat([self.class_token.new_zeros(0, self.settings.dim), *(x for x, _ in found)])
         slot = torch.cat([torch.zeros(0, dtype=torch.long, device=x.device), *(slot for _, slot in found)])
@@ -201,26 +202,38 @@ class Ramen(AnySensor):
             x, self._coords(slot, group, grid), groups, batch.places, {"grid": grid, "seen": seen, "asked": asked}
         )
 
-    def _seen(self, name: str, raster: Raster, grid: tuple[int, int]) -> Seen:
-        raster, wanted = self.contracted(name, raster)
-        weights = [self.weights_of(raster, grid, axis) for axis in (0, 1)]
-        pixels = wanted.normalise(raster)
-        values, valid = resample_valid(pixels, raster.valid, *weights)
-        if self.texture is not None:
-            values = torch.cat([values, self._spread(values, pixels, raster, weights)], 1)
-        return Seen(rearrange(values, "o b y x -> o (y x) b"), valid.any(1).flatten(1), raster, wanted)
+    def _seen(self, name: str, batch: Batch, grid: tuple[int, int]) -> Seen:
+        raster, wanted = self.contracted(name, batch.raster(name))
+        pixels, (obs, bands) = wanted.normalise(raster), raster.values.shape[:2]
+        values = pixels.new_zeros(obs, bands * (1 if self.texture is None else 2), *grid)
+        some = torch.zeros(obs, *grid, dtype=torch.bool, device=pixels.device)
+        extents = [(place.height_m, place.width_m) for place in batch.places]
+        for extent in dict.fromkeys(extents):  # places of different sizes are padded, and each ends where it ends
+            mine = torch.tensor([e == extent for e in extents], device=raster.row.device)[raster.row]
+            cells = [self._cells(side) for side in extent]
+            size = [min(n, math.ceil(m / raster.gsd_m - 1e-4)) for n, m in zip(pixels.shape[2:], extent, strict=True)]
+            part = (mine, slice(None), slice(size[0]), slice(size[1]))
+            found, seen = self._resampled(pixels[part], raster.valid[part], raster.gsd_m, cells)
+            values[mine, :, : cells[0], : cells[1]] = found
+            some[mine, : cells[0], : cells[1]] = seen
+        return Seen(rearrange(values, "o b y x -> o (y x) b"), some.flatten(1), raster, wanted)
 
-    def _spread(self, mean: Tensor, pixels: Tensor, raster: Raster, weights: list[Tensor]) -> Tensor:
-        """Standard deviation of the valid pixels that each cell reads, per band; 0 where cells are no larger than pixels."""
-        if raster.gsd_m >= self.settings.gsd_m * (1 - 1e-6):
-            return torch.zeros_like(mean)
-        square, _ = resample_valid(pixels.square(), raster.valid, *weights)
-        return (square - mean.square()).clamp(min=0.0).sqrt()
-
-    def weights_of(self, raster: Raster, grid: tuple[int, int], axis: int) -> Tensor:
-        """Weights [cell, pixel] along an axis of an image."""
-        ratio, count = raster.gsd_m / self.settings.gsd_m, raster.values.shape[2 + axis]
-        return axis_weights(count, grid[axis], ratio, self.settings.antialias, "stretched" in self.settings.quirks)
+    def _resampled(self, pixels: Tensor, valid: Tensor, gsd_m: float, cells: list[int]) -> tuple[Tensor, Tensor]:
+        """Values of cells [obs, band, y, x], and where any band was observed [obs, y, x]. With ``spread``, the standard deviation of the
+        valid pixels that a cell reads follows, per band; it is 0 where cells are no larger than pixels."""
+        ratio, settings = gsd_m / self.settings.gsd_m, self.settings
+        weights = [
+            axis_weights(count, cell, ratio, settings.antialias, "stretched" in settings.quirks)
+            for count, cell in zip(pixels.shape[2:], cells, strict=True)
+        ]
+        mean, seen = resample_valid(pixels, valid, *weights)
+        if self.texture is None:
+            return mean, seen.any(1)
+        spread = torch.zeros_like(mean)
+        if ratio < 1 - 1e-6:
+            square, _ = resample_valid(pixels.square(), valid, *weights)
+            spread = (square - mean.square()).clamp(min=0.0).sqrt()
+        return torch.cat([mean, spread], 1), seen.any(1)
 
     def _tokens(self, name: str, layer: Seen, places: int, cells: int) -> tuple[Tensor, Tensor]:
         """Tokens of a layer, and their numbers place x cells + cell."""

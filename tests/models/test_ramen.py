@@ -235,3 +235,27 @@ def test_what_cannot_be_changed_at_a_call_is_said() -> None:
         model().at(patch_m=10)
     with pytest.raises(ValueError, match="gsd_m"):
         model().at(gsd_m=0)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("gsd_m", [7.0, 40.0, 70.0])
+def test_places_of_different_sizes_do_not_change_each_other(gsd_m, antialias) -> None:
+    encoder = model(layers="all", gsd_m=gsd_m, antialias=antialias, spread=True, skip=True)
+    places = [scene(16, 2), scene(5, 3), scene(1), scene(9).only("s1")]
+    together = encoder.embed(Batch.cat(places))
+    for row, place in enumerate(places):
+        alone, mine = encoder.embed(place), together.coords.row == row
+        torch.testing.assert_close(together.mean[mine], alone.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.summary[row], alone.summary[0], rtol=1e-4, atol=1e-5)
+
+
+def test_spread_tells_texture_where_cells_are_larger_than_pixels() -> None:
+    flat = raster("sentinel-2-l2a", ["B03", "B08"], 16, 10.0)
+    flat = replace(flat, values=torch.full_like(flat.values, 0.2))
+    checked = replace(flat, values=flat.values + 0.1 * (torch.arange(16) % 2 * 2 - 1))
+    for spread in (True, False):
+        encoder = model(spread=spread, gsd_m=40.0, layers="all")
+        found = [encoder.tokenize(Batch((Place(160.0, 160.0),), {"s2": r})) for r in (flat, checked)]
+        cells = found[0].coords.cells()
+        inner = ((cells > 0) & (cells < 3)).all(1)  # those at the edge do not read as many dark as bright pixels
+        assert torch.allclose(found[0].x[inner], found[1].x[inner], atol=1e-4) == (not spread)
