@@ -18,6 +18,7 @@ _WHERE = {
     "read": "io.read", "place": "io.read", "places": "io.fields", "read_each": "io.fields",
     "write": "io.write",
     "Recipe": "recipe",
+    "data": "",
 }  # fmt: skip
 __all__ = sorted(_WHERE)
 
@@ -25,6 +26,8 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'everysat' has no attribute {name!r}")
+    if not _WHERE[name]:  # a package that can be called: everysat.data("pastis-hd", ...) beside everysat.data.pastis
+        return importlib.import_module(f"everysat.{name}")
     value = getattr(importlib.import_module(f"everysat.{_WHERE[name]}"), name)
     globals()[name] = value
     return value

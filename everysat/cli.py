@@ -46,6 +46,9 @@ At = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
+data_app = typer.Typer(no_args_is_help=True, help="Published datasets: which there are, fetch one, check one.")
+app.add_typer(data_app, name="data")
+
 
 @app.command()
 def sensors(name: Annotated[str | None, typer.Argument(help="one sensor in detail")] = None) -> None:
@@ -315,6 +318,65 @@ def demo(
     from everysat.demo import run
 
     run(out, short=short)
+
+
+@data_app.command("list")
+def data_list(
+    folder: Annotated[
+        Path | None, typer.Option("--in", help="look there for what is at hand", envvar="EVERYSAT_DATA")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """The datasets that can be read, where they come from, and which are at hand."""
+    from everysat.data.catalogue import entries
+
+    found = list(entries(folder))
+    if json:
+        import json as format
+
+        print(format.dumps([vars(entry) for entry in found], indent=1))
+        return
+    for entry in found:  # not a table: addresses are to be copied
+        print(f"{entry.name}: {entry.title}\n  at hand: {entry.at_hand}")
+        facts = ("layers", ", ".join(entry.layers)), ("splits", ", ".join(entry.splits))
+        for what, fact in (*facts, ("licence", entry.licence), ("source", entry.source)):
+            print(f"  {what}: {fact}" if fact else "", end="\n" if fact else "")
+
+
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="a dataset, such as pastis-hd")],
+    to: Annotated[Path, typer.Option("--to", help="folder that will hold it")],
+    files: Annotated[list[str] | None, typer.Option(help="only these, such as *.json or DATA_S2/*")] = None,
+    host: Annotated[str | None, typer.Option("--from", help="where a dataset is at several hosts")] = None,
+    unpack: Annotated[bool, typer.Option("--unpack", help="also unpack its archives, where they lie")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the files, fetch nothing")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a dataset from its host, checked. Interrupted, the same command goes on."""
+    from everysat.data import catalogue
+    from everysat.io import download
+    from everysat.io.unpack import is_archive
+    from everysat.io.unpack import unpack as run_unpack
+
+    listing = catalogue.origin(name, host).files()
+    chosen = download.choose(listing.files, files or ())
+    print(f"{name}: {len(chosen)} files, {sum(f.size for f in chosen) / 1e9:.2f} GB, from {listing.page}")
+    print(f"Licence: {catalogue.licence(name)}" + (f" (its host says {listing.licence})" if listing.licence else ""))
+    unchecked = sum(not f.checksum for f in chosen)
+    if unchecked:
+        print(f"The host tells no checksum of {unchecked} files: of these only the size is checked")
+    if dry_run:
+        for file in chosen:
+            print(f"{file.size:>14} {file.path}")
+        return
+    done = download.download(listing, to, files=files or (), quiet=quiet)
+    print(f"{len(done.fetched)} files fetched, {len(done.there)} were there: all of it is in {to}")
+    archives = [path for path in (*done.there, *done.fetched) if is_archive(path)]
+    if unpack:
+        print(f"{sum(run_unpack(path, quiet=quiet) for path in archives)} archives unpacked")
+    elif archives:
+        print(f"{len(archives)} of them are archives; --unpack unpacks them")
 
 
 def _train(recipe: str, settings: list[str] | None, quiet: bool, kind: str) -> None:
