@@ -379,6 +379,44 @@ def data_get(
         print(f"{len(archives)} of them are archives; --unpack unpacks them")
 
 
+@data_app.command("check")
+def data_check(
+    folder: Annotated[Path | None, typer.Argument(help="the folder of the dataset, for --name")] = None,
+    name: Annotated[str | None, typer.Option(help="which dataset it is, such as pastis-hd")] = None,
+    recipe: Annotated[str | None, typer.Option(help="instead: all data of a recipe")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="only these parts; all by default")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="option of the dataset, such as fold=1")] = None,
+    near_m: Annotated[float, typer.Option(help="report places of two parts that are closer than so many metres")] = 0.0,
+    outside: Annotated[float, typer.Option(help="share of values that may be out of range")] = 0.001,
+    allow: Annotated[list[str] | None, typer.Option(help="kinds of problems that are no failure, such as near")] = None,
+    workers: Annotated[int, typer.Option(help="threads that read")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Open every place: what is missing, broken, out of range or repeated, and what leaks between the parts."""
+    from everysat.data import catalogue
+    from everysat.data.check import check
+
+    if (name is None) == (recipe is None):
+        raise ValueError("give either a folder and --name DATASET, or --recipe RECIPE, not both and not neither")
+    if recipe is not None:
+        from everysat.recipe import Recipe
+
+        loaded = Recipe.load(recipe, set_ or ())
+        sources = {"data": loaded.data, "validation": loaded.validation}
+        each = {
+            kind: {f"{kind} {s.called} {i}": s.build("data") for i, s in enumerate(sources[kind])} for kind in sources
+        }
+        together, parts = list(each.values()), {name: part for some in each.values() for name, part in some.items()}
+    else:
+        together = []
+        parts = catalogue.splits(str(name), folder, split or (), **_settings(set_))
+    limits: dict[str, Any] = {"near_m": near_m, "outside": outside, "allow": allow or ()}
+    report = check(parts, **limits, together=together, workers=workers, quiet=quiet)
+    print(report.json() if json else report)
+    raise typer.Exit(0 if report.good else 1)
+
+
 def _train(recipe: str, settings: list[str] | None, quiet: bool, kind: str) -> None:
     from everysat.recipe import Recipe
     from everysat.train import train

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +103,15 @@ def dataset(name: str, root: str | Path | None = None, **options: Any) -> Datase
     if lacking:
         raise ValueError(f"dataset {name} needs the option {lacking[0]!r}")
     return module.build(variant or takes["variant"].default, **options)
+
+
+def splits(name: str, root: str | Path | None = None, wanted: Iterable[str] = (), **options: Any) -> dict[str, Dataset]:
+    """The official parts of a dataset by name: those ``wanted``, or all. One that has none is one part, ``all``."""
+    module, _ = find("data", resolve(name))
+    known = tuple(wanted) or tuple(getattr(module, "SPLITS", ()))
+    if "split" not in inspect.signature(module.build).parameters or "split" in options:
+        return {str(options.get("split", "all")): dataset(name, root, **options)}
+    return {split: dataset(name, root, split=split, **options) for split in known}
 
 
 def _needed(module: ModuleType) -> list[str]:
