@@ -63,6 +63,7 @@ CASES = {
 AS_PUBLISHED = ["model.options.wavelength_unit_nm=1", "model.options.spread=false", "model.options.skip=false"]
 MODELS: dict[str, tuple[str, list[str]]] = {
     "RAMEN": ("ramen_berlin", ["steps=300"]),
+    "RAMEN, wavelengths in 100 nm": ("ramen_berlin", ["steps=300", "model.options.wavelength_unit_nm=100"]),
     "RAMEN, as published": ("ramen_berlin", ["steps=300", *AS_PUBLISHED, "objective.options.band_ratio=0"]),
     "Atomizer": ("atomizer_berlin", ["steps=150"]),
     "AnySat": ("anysat_berlin", []),

@@ -41,7 +41,9 @@ def test_every_optical_and_radar_table_is_readable() -> None:
             assert any(physics(sensor, band) for band in sensor.bands), name
 
 
-@pytest.mark.parametrize(("name", "band"), [("era5", "t2m"), ("corine", None), ("sentinel-2-scl", None), ("eth-canopy-height", None)])
+@pytest.mark.parametrize(
+    ("name", "band"), [("era5", "t2m"), ("corine", None), ("sentinel-2-scl", None), ("eth-canopy-height", None)]
+)
 def test_what_is_no_physics_is_none(name, band) -> None:
     sensor = sensors.get(name)
     assert physics(sensor, sensor[band] if band else sensor.bands[0]) is None
