@@ -255,13 +255,13 @@ def pictures() -> None:
     best = parts["dial, image statistics (90 m)"]["100%"][0]
     left.axhline(best, color="0.5", linestyle=":", label="image statistics, 100%")
     right.plot(sizes, [points[s]["cpu_s"] for s in sizes], "o-", color="#b5541c")
-    right.set_yscale("log")
+    right.set_ylim(bottom=0)
     for axis, name in ((left, "macro F1"), (right, "CPU seconds for the scene")):
         axis.set_xscale("log")
         axis.set_xticks(sizes, [f"{s:g}" for s in sizes])
         axis.set_xlabel("side of a cell, metres (trained at 30 to 120)")
         _plain(axis, name)
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.94))
     fig.savefig(docs / "resolution.png", dpi=120)
     fig, axes = plt.subplots(1, 4, figsize=(11, 2.9), layout="constrained", sharey=True)
     ramen_rows, atomizer_rows = (
