@@ -30,7 +30,7 @@ from everysat.find import suggest
 from everysat.nn.atoms import SEASONS, Atoms, Fourier, Part, date_code, kept_at_random, spectral_code, spread_evenly
 from everysat.nn.draws import key
 from everysat.nn.gather import row_offset
-from everysat.nn.inputs import InputConfig
+from everysat.nn.inputs import AnyInput
 from everysat.nn.perceiver import GatedMlp, LatentAttention, Pooling, Reading
 from everysat.nn.spectral import ORBITS, POLARISATIONS, TERRAIN, AnySensor, Physics, physics
 from everysat.types import ALWAYS, Batch, ContractError, Coords, Features, Raster, Tokens
@@ -55,12 +55,6 @@ HELD_ELEMENTS = 256_000_000
 """Numbers of keys and values that inference holds, 1 GB in single precision. If there were more, they are made in parts for each layer."""
 
 
-class Modality(InputConfig):
-    """A layer that the contract lists. ``dated``: its observations have dates. Bands and pixel size may differ at a call."""
-
-    dated: bool = False
-
-
 class Config(BaseModel):
     """Sizes of an :class:`Atomizer`, and what is asked for at a call.
 
@@ -80,7 +74,7 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    modalities: dict[str, Modality] = {}
+    modalities: dict[str, AnyInput] = {}
     layers: Literal["listed", "all"] = "listed"
     token_m: float = 60.0
     cells: int = 12

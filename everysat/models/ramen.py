@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from everysat.find import suggest
 from everysat.nn.attention import Block
-from everysat.nn.inputs import InputConfig
+from everysat.nn.inputs import AnyInput
 from everysat.nn.position import day_number, grid_sinusoid
 from everysat.nn.ragged import side_by_side
 from everysat.nn.resample import axis_weights, resample_valid
@@ -43,12 +43,6 @@ sizes do not agree, which shifts what is on the ground."""
 
 CHUNK_ELEMENTS = 8_000_000
 """Numbers of the widest intermediate that series hold at once in inference, 32 MB in single precision."""
-
-
-class Modality(InputConfig):
-    """A layer that the contract lists. ``dated``: its observations need dates. Bands and pixel size may differ at a call."""
-
-    dated: bool = False
 
 
 class Config(BaseModel):
@@ -72,7 +66,7 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    modalities: dict[str, Modality] = {}
+    modalities: dict[str, AnyInput] = {}
     layers: Literal["listed", "all"] = "listed"
     gsd_m: float = 40.0
     output: Literal["cell", "layer"] = "cell"

@@ -38,3 +38,10 @@ class InputConfig(BaseModel):
     @property
     def origin_s(self) -> float | None:
         return None if self.origin is None else datetime.fromisoformat(self.origin).replace(tzinfo=UTC).timestamp()
+
+
+class AnyInput(InputConfig):
+    """A layer that the contract of a model for any sensor lists. ``dated``: its observations have dates. Bands and pixel size may
+    differ at a call."""
+
+    dated: bool = False
