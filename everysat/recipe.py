@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from everysat.data.augment import Augment
+from everysat.data.batches import Tolerant
 from everysat.find import find, suggest
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -55,11 +56,17 @@ class Model(Named):
 
 class Source(Named):
     """A dataset; ``weight`` is the chance of a step to draw from it, relative to the others. ``label`` is what the log and the
-    objective call it, by default its name; ``batch_size`` that of its steps, by default the recipe's."""
+    objective call it, by default its name; ``batch_size`` that of its steps, by default the recipe's; ``skip_broken`` the share of its
+    places that may be unreadable, see :class:`everysat.data.batches.Tolerant`."""
 
     weight: float = Field(default=1.0, ge=0)
     label: str = ""
     batch_size: int | None = Field(default=None, ge=1)
+    skip_broken: float = Field(default=0.0, ge=0, le=1)
+
+    def build(self, kind: str, **more: Any) -> Any:
+        dataset = super().build(kind, **more)
+        return Tolerant(dataset, most=self.skip_broken) if self.skip_broken else dataset
 
     @property
     def called(self) -> str:
@@ -74,6 +81,7 @@ class Recipe(_Part):
         model, data, validation, objective, task: what is trained on what; either an objective or a task. For several
             sources, each step draws one.
         augment: random changes of training places; ``workers`` threads prepare batches (0: in the loop itself).
+        by_length: batches of places with similar numbers of observations, so that little is padded.
         steps, batch_size, accumulate: a step adds up gradients of ``accumulate`` batches of ``batch_size`` places, over all
             devices together.
         lr, weight_decay, betas, eps: of AdamW; weight decay for matrices alone.
@@ -94,6 +102,7 @@ class Recipe(_Part):
     objective: Named | None = None
     task: Named | None = None
     augment: Augment = Augment()
+    by_length: bool = False
     steps: int = Field(ge=1)
     batch_size: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from everysat import checkpoint, manifest
-from everysat.data.batches import Dataset, Plan, in_order, prefetch, shard
+from everysat.data.batches import Dataset, Plan, Tolerant, in_order, observations, prefetch, shard
 from everysat.logbook import Logbook, Stop
 from everysat.models import weights
 from everysat.nn.batchnorm import over_processes
@@ -129,6 +129,7 @@ class _Training:
             accumulate=recipe.accumulate,
             steps=recipe.steps,
             seed=recipe.seed,
+            lengths=[observations(d) for d in self.data] if recipe.by_length else None,
         )
         self._prepare()
 
@@ -159,7 +160,11 @@ class _Training:
                 log = stack.enter_context(Logbook(self.folder, first, tensorboard=self.recipe.tensorboard))
             stop = stack.enter_context(Stop())
             bar = Progress(self.recipe.name, self.recipe.steps, done=first, quiet=self.quiet or not self.leads)
-            self._loop(first, log, stop, stack.enter_context(bar))
+            try:
+                self._loop(first, log, stop, stack.enter_context(bar))
+            finally:
+                if record is not None and self._broken():
+                    record.note(broken_places=self._broken())
             if self.average is not None:
                 self.average.swap()
             if record is not None:
@@ -279,6 +284,14 @@ class _Training:
             f"take precision fp32. Nothing of this step was applied"
         )
 
+    def _broken(self) -> dict[str, dict[int, str]]:
+        """What could not be read, by dataset and place, where the recipe lets places be skipped. Of the first process."""
+        every = [
+            *zip(self.recipe.data, self.data, strict=True),
+            *zip(self.recipe.validation, self.validation, strict=False),
+        ]
+        return {source.called: d.broken for source, d in every if isinstance(d, Tolerant) and d.broken}
+
     # --- validation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -358,7 +371,11 @@ class _Training:
         }
 
     def _refuse_other_recipe(self, before: Mapping[str, Any]) -> None:
-        mine, old = self.recipe.plain(), before.get("recipe", {})
+        mine = self.recipe.plain()
+        try:
+            old = Recipe.parse(before.get("recipe")).plain()  # with the defaults of fields that there were not yet
+        except RecipeError:
+            old = {}
         differ = sorted(k for k in {*mine, *old} - FREE_TO_CHANGE if mine.get(k) != old.get(k))
         if differ:
             raise RecipeError(

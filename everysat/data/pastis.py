@@ -95,6 +95,11 @@ class Pastis:
     def fingerprint(self) -> str:
         return published.fingerprint(self)
 
+    def observations(self) -> list[int]:
+        """How many each place has, as :func:`everysat.data.batches.observations` counts them; no array is read."""
+        keys = [SERIES[name][2] if name in SERIES else "" for name in self.layers]
+        return [sum(len(days[key]) if key else 1 for key in keys) for days in (dict(p.days) for p in self.patches)]
+
     def _spot(self, patch: Patch) -> Raster:
         path = self.root / SPOT.format(patch.number)
         numbers = arrays.tiff(path)[0]
