@@ -156,3 +156,9 @@ def test_only_the_archives_asked_for_are_needed(copy: Path) -> None:
     (copy / "GLOBAL_ALL_MTD" / "GLOBAL_SPOT_MTD_DATES.gpkg").write_bytes(b"no database")
     with pytest.raises(OSError, match=r"GLOBAL_SPOT_MTD_DATES\.gpkg"):
         build(root=copy, modalities=["spot"])
+
+
+def test_old_photographs_lie_in_folders_of_their_decade(root: Path) -> None:
+    pan = build(root=root, modalities=["aerial-rlt"])[0].raster("aerial-rlt")
+    numbers = stored(root, "D006-2020_FF-S1-14_5-5", "AERIAL-RLT_PAN", domain="D006-195X")
+    assert pan.values[0].numpy().tolist() == numbers.tolist()
