@@ -11,7 +11,7 @@ Layout, under ``root``; months count from 00, September, to 11, August::
     {train,test}_features/<chip>_S2_<month>.tif      ten bands, uint16, and the probability of cloud; not every month
     {train,test}_agbm/<chip>_agbm.tif                float32; that of the test was not in the first archive, whose test has no label
 
-Without lists ``val`` is a tenth of ``train``. Against the published loaders: orbits are layers of their own, and months without an image are left out and
+PANGAEA evaluates on these lists with all twelve months. Without lists ``val`` is a tenth of ``train``. Against the published loaders: orbits are layers of their own, and months without an image are left out and
 not 0; identifiers stay text (some consist of digits); a month is a month, not a day; a target that is not a number is not labelled, instead of 0.
 
 Order of bands, no-data and units are those of the real samples of GEO-Bench-2, names of files and tables those that several readers agree on.

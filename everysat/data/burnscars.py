@@ -10,11 +10,12 @@ Layout, under ``root``::
 
 The published ``validation`` is ``test`` here, as in published comparisons, and ``val`` is a tenth of ``training``. Against the published loader of
 AnySat: ``val`` takes whole tiles, so that no ground is in both; the day of the year in the name is the date; -1 is not labelled, and pixels without
-data (9999 and -9999) are invalid, not 0.
+data (9999 and -9999) are invalid, not 0. ``protocol="pangaea"`` is the split of PANGAEA, which draws scenes, not tiles.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ CLASSES = {0: "not burnt", 1: "burnt"}
 BANDS = ("B02", "B03", "B04", "B8A", "B11", "B12")
 FOLDERS = {"train": "training", "val": "training", "test": "validation"}
 GSD_M, NO_LABEL, NO_DATA, VAL_SHARE = 30.0, -1, (9999.0, -9999.0), 0.1
-MERGED = "_merged.tif"
+MERGED, PANGAEA_SEED = "_merged.tif", 23
 _NAME = re.compile(r"\.(T\d{2}[A-Z]{3})\.(\d{4})(\d{3})\.")
 
 
@@ -104,12 +105,15 @@ def build(
     split: str = "train",
     modalities: Sequence[str] | None = None,
     seed: int = 23,
+    protocol: str = "",
 ) -> BurnScars:
     """Scenes of HLS Burn Scars: the layer ``hls`` (six bands) and the label.
 
     Args:
         root: the folder that holds ``training`` and ``validation``.
         seed: of the tenth of the training tiles that is ``val``.
+        protocol: ``pangaea`` draws ``val`` as PANGAEA does: a tenth of the scenes, by scikit-learn's ``train_test_split`` with seed 23. Needs all 540
+            scenes, and puts scenes of the same ground into both parts.
 
     Raises:
         FileNotFoundError, LookupError, ValueError: the data are not there, or an argument is unknown.
@@ -117,10 +121,14 @@ def build(
     published.one_of(variant, ("",), "variant")
     published.one_of(split, SPLITS, "split")
     published.layers_of(modalities, LAYERS[:1], LAYERS[:1])
+    published.one_of(protocol, ("", "pangaea"), "protocol")
     base = published.folder(root, "HLS Burn Scars", (FOLDERS[split],), SOURCE)
     scenes = tuple(sorted(f.name for f in (base / FOLDERS[split]).glob(f"*{MERGED}")))
     _refuse_lone_masks(base / FOLDERS[split], scenes)
-    if split != "test":
+    if split != "test" and protocol:
+        drawn = _drawn(len(scenes))
+        scenes = tuple(name for i, name in enumerate(scenes) if (i in drawn) == (split == "val"))
+    elif split != "test":
         scenes = tuple(name for name in scenes if _in_val(_tile(name), seed) == (split == "val"))
     if not scenes:
         raise published.absent(base, f"{FOLDERS[split]}/*{MERGED}", "HLS Burn Scars", SOURCE)
@@ -144,6 +152,12 @@ def _tile(name: str) -> str:
 def _in_val(tile: str, seed: int) -> bool:
     """Whether a tile is in ``val``. Each draws for itself, so that a file that is missing moves no other."""
     return bool(stream(seed, "burnscars", tile).random() < VAL_SHARE)
+
+
+def _drawn(count: int) -> set[int]:
+    """Which of so many sorted scenes PANGAEA validates on: the first tenth of a permutation, as ``train_test_split`` takes it."""
+    share = math.ceil(VAL_SHARE * count)
+    return set(np.random.RandomState(PANGAEA_SEED).permutation(count)[:share].tolist())
 
 
 def fake(folder: Path, *, places: int = 4, seed: int = 0) -> None:

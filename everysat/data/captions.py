@@ -210,7 +210,7 @@ def fake(folder: Path, variant: str = "rsicd", *, seed: int = 0) -> None:
     names = {
         "rsicd": ("airport_1.jpg", "pond_412.jpg", "viaduct_12.jpg", "beach_3.jpg", "port_7.jpg", "airport_9.jpg"),
         "rsitmd": ("boat_1.tif", "plane_22.tif", "boat_4.tif", "river_3.tif", "plane_5.tif", "river_9.tif"),
-        "ucm": ("1.tif", "100.tif", "101.tif", "1542.tif", "2100.tif", "7.tif"),
+        "ucm": ("1.tif", "100.tif", "7.tif", "1542.tif", "2100.tif", "101.tif"),
     }[variant]
     rows = []
     for i, name in enumerate(names):

@@ -12,12 +12,15 @@ Layout, under ``root``::
     ANNOTATIONS/TARGET_<id>.npy          uint8 [3, 128, 128]; the first is the crop type
 
 Against the published loaders: all dates are read, in the order of the files, none drawn at random; training uses folds 1-3
-alone, where the mixed pre-training sees all five; no-data is invalid.
+alone, where the mixed pre-training sees all five; no-data is invalid. ``protocol="pangaea"`` is what PANGAEA evaluates on, whose folds are these:
+six dates of each series, evenly spaced. PANGAEA first draws 50 dates at random where there are more, anew every time, and leaves them
+unsorted; here no date is drawn.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from everysat import sensors
 from everysat.data import published
@@ -50,7 +54,7 @@ CLASSES = dict(
 BACKGROUND, VOID = 0, 19
 CROPS = tuple(name for code, name in CLASSES.items() if code not in (BACKGROUND, VOID))
 SIDE_M, SIDE_PX = 1280.0, 128
-NODATA = -10000
+NODATA, PANGAEA_DATES = -10000, 6
 SERIES = {
     "s2": ("DATA_S2", "S2", "dates-S2"),
     "s1-asc": ("DATA_S1A", "S1A", "dates-S1A"),
@@ -81,6 +85,7 @@ class Pastis:
     ratio: str
     background: bool
     void: bool
+    dates: int | None = None
 
     def __len__(self) -> int:
         return len(self.patches)
@@ -98,7 +103,11 @@ class Pastis:
     def observations(self) -> list[int]:
         """How many each place has, as :func:`everysat.data.batches.observations` counts them; no array is read."""
         keys = [SERIES[name][2] if name in SERIES else "" for name in self.layers]
-        return [sum(len(days[key]) if key else 1 for key in keys) for days in (dict(p.days) for p in self.patches)]
+        most = self.dates or sys.maxsize
+        return [
+            sum(min(most, len(days[key])) if key else 1 for key in keys)
+            for days in (dict(p.days) for p in self.patches)
+        ]
 
     def _spot(self, patch: Patch) -> Raster:
         path = self.root / SPOT.format(patch.number)
@@ -108,6 +117,13 @@ class Pastis:
         )
 
     def _series(self, patch: Patch, name: str) -> Raster:
+        raster = self._whole(patch, name)
+        count = len(raster.row)
+        if self.dates is None or count <= self.dates:
+            return raster
+        return raster.obs(torch.linspace(0, count - 1, self.dates, dtype=torch.long))
+
+    def _whole(self, patch: Patch, name: str) -> Raster:
         directory, prefix, key = SERIES[name]
         path = self.root / directory / f"{prefix}_{patch.number}.npy"
         listed = self.root / "metadata.geojson"
@@ -161,6 +177,8 @@ def build(
     ratio: str = "stored",
     background: bool = True,
     void: bool = False,
+    dates: int | None = None,
+    protocol: str = "",
 ) -> Pastis:
     """PASTIS-R or PASTIS-HD with crop types per pixel, or with ``"classify"`` the presence of the 18 crops in each place.
 
@@ -174,6 +192,8 @@ def build(
             ``quotient``, VV/VH of the numbers in dB, which AnySat computes for its other datasets.
         background: whether class 0 is a class; otherwise these pixels are not labelled.
         void: whether 19, parcels mostly outside the place or of other crops, is a class; officially it is not.
+        dates: so many of each series, evenly spaced from the first to the last; all by default.
+        protocol: ``pangaea``: unless told otherwise, ``s2`` and ``s1-asc`` at six dates.
 
     Raises:
         FileNotFoundError, LookupError, ValueError: the data are not there, or an argument is unknown.
@@ -181,7 +201,12 @@ def build(
     published.one_of(variant, VARIANTS, "variant")
     published.one_of(split, SPLITS, "split")
     published.one_of(ratio, ("stored", "quotient"), "ratio")
-    layers = published.layers_of(modalities, LAYERS[:-1], ("spot", "s2", "s1-asc", "s1-des"))
+    pangaea = published.one_of(protocol, ("", "pangaea"), "protocol") == "pangaea"
+    dates = PANGAEA_DATES if pangaea and dates is None else dates
+    if dates is not None and dates < 2:
+        raise ValueError(f"dates={dates} must be 2 or more: how many of each series are read")
+    default = ("s2", "s1-asc") if pangaea else ("spot", "s2", "s1-asc", "s1-des")
+    layers = published.layers_of(modalities, LAYERS[:-1], default)
     base = published.folder(root, "PASTIS", ("metadata.geojson", "ANNOTATIONS"), SOURCE)
     wanted = FOLDS[split] if fold is None else (fold,) if isinstance(fold, int) else tuple(fold)
     every = _patches(base / "metadata.geojson", {SERIES[name][2] for name in layers if name in SERIES})
@@ -190,7 +215,7 @@ def build(
         raise ValueError(
             f"{base / 'metadata.geojson'}: no place is in folds {wanted}; there are {sorted({p.fold for p in every})}"
         )
-    return Pastis(base, variant, chosen, layers, ratio, background, void)
+    return Pastis(base, variant, chosen, layers, ratio, background, void, dates)
 
 
 def _patches(path: Path, keys: set[str]) -> list[Patch]:

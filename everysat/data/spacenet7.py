@@ -13,7 +13,7 @@ Layout, under ``root``; <month> is global_monthly_<year>_<month>_mosaic_<site>::
 
 Only ``train`` has labels. ``train``, ``val`` and ``test`` are the places that Hafner et al. 2023 (doi:10.3390/rs15215135) and PANGAEA take, 30, 15 and 14.
 One of ``train`` and one of ``val`` touch at a corner. Against the published loaders: outlines are read, so that no masks need to be made before;
-clouds are invalid in image and label, where PANGAEA leaves out the whole month (``cloudy=False``), and others take black for ground.
+clouds are invalid in image and label, where PANGAEA leaves out the whole month (``protocol="pangaea"``), and others take black for ground.
 
 The names of folders and files are those that several readers agree on; bands, units and the meaning of the label are those of the real samples.
 """
@@ -44,8 +44,9 @@ SPLITS = ("train", "val", "test", "public")
 UNLABELLED = ("public",)
 LAYERS = ("planet", "label")
 VARIANTS = ("", "series")
+PROTOCOLS = ("", "pangaea", "pangaea-within")
 CLASSES = {0: "no building", 1: "building"}
-GSD_M = 4.0
+GSD_M, PANGAEA_PX = 4.0, 256
 SITES = {
     "train": (
         "0331E-1257N_1327_3160", "0358E-1220N_1433_3310", "0457E-1135N_1831_3648", "0487E-1246N_1950_3207", "0577E-1243N_2309_3217",
@@ -72,23 +73,25 @@ _MONTH = re.compile(r"^global_monthly_(\d{4})_(\d{2})_mosaic_")
 
 @dataclass(frozen=True)
 class SpaceNet7:
-    """See :func:`build`. ``items`` are the images that each item is of, one or all of a place; it is ``tiles`` x ``tiles`` places."""
+    """See :func:`build`. ``items`` are the images that each item is of, one or all of a place; of its
+    ``tiles`` x ``tiles`` tiles those that ``kept`` numbers, row by row, are places."""
 
     root: Path
     split: str
     items: tuple[tuple[str, ...], ...]
     tile_px: int | None
     tiles: int
+    kept: tuple[int, ...]
     gsd_m: float | None
 
     def __len__(self) -> int:
-        return len(self.items) * self.tiles**2
+        return len(self.items) * len(self.kept)
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside a dataset of {len(self)} places")
-        number, tile = divmod(index, self.tiles**2)
-        corner = divmod(tile, self.tiles)
+        number, tile = divmod(index, len(self.kept))
+        corner = divmod(self.kept[tile], self.tiles)
         paths = [self.root / name for name in self.items[number]]
         read = [_image(path) for path in paths]
         for path, (numbers, _) in zip(paths, read, strict=True):
@@ -206,6 +209,7 @@ def build(
     tile_px: int | None = None,
     cloudy: bool = True,
     gsd_m: float | None = GSD_M,
+    protocol: str = "",
 ) -> SpaceNet7:
     """Places of SpaceNet 7: the layer ``planet`` (red, green, blue, digital numbers) and where buildings are.
 
@@ -215,6 +219,9 @@ def build(
         tile_px: side of tiles that images are cut into; PANGAEA takes 256. Whole images by default.
         cloudy: without, months that have a mask of clouds are left out.
         gsd_m: what a pixel is taken for; None for its true size, in which places cannot be joined to batches.
+        protocol: ``pangaea`` is PANGAEA's evaluation: tiles of 256 pixels (unless ``tile_px`` says other) of the months without clouds.
+            ``pangaea-within`` is the one that it offers beside: of all 59 places the upper three quarters of each image are ``train``, the rest is
+            ``val`` in the west and ``test`` in the east.
 
     Raises:
         FileNotFoundError, LookupError, ValueError: the data are not there, do not fit, or an argument is unknown.
@@ -222,9 +229,13 @@ def build(
     published.one_of(variant, VARIANTS, "variant")
     published.one_of(split, SPLITS, "split")
     published.layers_of(modalities, LAYERS[:1], LAYERS[:1])
+    within = published.one_of(protocol, PROTOCOLS, "protocol") == "pangaea-within"
+    if protocol:
+        published.one_of(split, SPLITS[:3], "split")
+        tile_px, cloudy = tile_px or PANGAEA_PX, False
     folder = "test_public" if split == "public" else "train"
     base = published.folder(root, "SpaceNet 7", (folder,), SOURCE)
-    named = [f"L15-{site}_13" for site in SITES.get(split, ())]
+    named = [f"L15-{site}_13" for site in (sum(SITES.values(), ()) if within else SITES.get(split, ()))]
     sites = named or sorted(path.name for path in (base / folder).iterdir() if path.is_dir())
     items: list[tuple[str, ...]] = []
     for site in sites:
@@ -236,7 +247,15 @@ def build(
     if not items:
         raise published.absent(base, f"{folder}/<site>/images_masked", "SpaceNet 7", SOURCE)
     tiles = 1 if tile_px is None else _tiles(base / items[0][0], tile_px)
-    return SpaceNet7(base, split, tuple(items), tile_px, tiles, gsd_m)
+    kept = tuple(n for n in range(tiles**2) if not within or _part_of_image(*divmod(n, tiles), tiles) == split)
+    return SpaceNet7(base, split, tuple(items), tile_px, tiles, kept, gsd_m)
+
+
+def _part_of_image(row: int, column: int, tiles: int) -> str:
+    """The part that a tile belongs to where each image is divided among all."""
+    if tiles % 4:
+        raise ValueError(f"an image of {tiles} x {tiles} tiles cannot be divided into quarters; take a smaller tile_px")
+    return "train" if 4 * row < 3 * tiles else "val" if 2 * column < tiles else "test"
 
 
 def _has_mask(image: Path) -> bool:
