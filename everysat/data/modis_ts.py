@@ -61,8 +61,8 @@ UNSEEN, COMPOSITE_S = -0.2, 16 * 86400.0
 
 @dataclass(frozen=True)
 class Table:
-    """Places of one variant: ``lonlat`` [n, 2], ``label`` [n], and of each layer by its bands the series ``values`` [n][date, band]
-    with ``time_s`` [n][date, 2]."""
+    """Places of one variant: ``lonlat`` [n, 2], ``label`` [n], and of each layer by its bands the series ``values``, n arrays
+    [date, band], with ``time_s``, n arrays [date, 2]."""
 
     lonlat: np.ndarray
     label: np.ndarray
