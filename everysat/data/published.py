@@ -119,18 +119,19 @@ def image(sensor: Sensor, numbers: np.ndarray, path: str | Path, gsd_m: float) -
 
 def physical(sensor: Sensor, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
     """Physical values float32 and validity of digital numbers [obs, band, y, x], as the sensor's table has them; 0 where they are
-    not valid. Few passes over the numbers: they are many, and a pass takes as long as reading them."""
-    values = torch.from_numpy(numbers.astype(np.float32))
+    not valid. Few passes over the numbers, each by the library that is faster at it: they are many, and a slow pass (NumPy's over
+    float16, PyTorch's over bool) takes longer than reading them."""
+    half = numbers.dtype == np.float16 and numbers.flags.c_contiguous and numbers.flags.writeable
+    values = torch.from_numpy(numbers).float() if half else torch.from_numpy(numbers.astype(np.float32))
     nodata = {band.nodata for band in sensor.bands}
     if nodata == {None}:
-        seen = np.ones(numbers.shape, dtype=bool)
-    elif len(nodata) == 1:
-        seen = numbers != nodata.pop()
+        seen = np.ones(numbers.shape, dtype=bool) if numbers.dtype.kind != "f" else np.isfinite(values.numpy())
     else:
-        seen = numbers != np.array([np.nan if b.nodata is None else b.nodata for b in sensor.bands])[:, None, None]
-    if numbers.dtype.kind == "f":
-        seen &= np.isfinite(numbers)
-    valid = torch.from_numpy(seen)
+        one = nodata.pop() if len(nodata) == 1 else None
+        each = np.array([np.nan if b.nodata is None else b.nodata for b in sensor.bands])[:, None, None]
+        seen = numbers != (each if one is None else one)
+        if numbers.dtype.kind == "f":
+            seen &= np.isfinite(values.numpy())
     for operation, column in (
         (values.mul_, [b.scale for b in sensor.bands]),
         (values.add_, [b.offset for b in sensor.bands]),
@@ -139,7 +140,9 @@ def physical(sensor: Sensor, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
             operation(torch.tensor(column).view(-1, 1, 1))
         elif column[0] != (1.0 if operation == values.mul_ else 0.0):
             operation(column[0])
-    return values if seen.all() else values.masked_fill_(~valid, 0.0), valid
+    if not seen.all():
+        values.numpy()[~seen] = 0.0
+    return values, torch.from_numpy(seen)
 
 
 def clear(raster: Raster, probability: np.ndarray, limit: float, path: str | Path) -> Raster:
