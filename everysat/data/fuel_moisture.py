@@ -17,10 +17,8 @@ What the files do not say, and what is done about it:
 
 - Labels are from the last day of a month, never of February, so months alone tell the periods, but not the year: ``year`` is a
   name for it.
-- Sentinel-2 is Level-1C (top of the atmosphere) of the clearest pixels of a period; 1 is what the product puts for what it could not
-  measure. Sentinel-1 is the median of the images within 15 days of the middle of the period, or of the nearest one.
-- Temperature and rain are of the calendar month in which a period begins, rain in metres a day. Here they are dated by that
-  month, once if two periods begin in it, and rain is its sum.
+- Composites are those of :mod:`everysat.data.periods`. Sentinel-2 is top-of-atmosphere reflectance; 1 is what the product puts for what
+  it could not measure. Temperature and rain are dated by the calendar month, once if two periods begin in it, and rain is its sum.
 - The NDVI of the files is made of the bands B7 and B3. It is not read, nor is ``dynamic_world.npy``, another model's map.
 - One site name stands for two places; they are held out together. The nearest sites are 4.8 km apart.
 """
@@ -32,12 +30,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from everysat import sensors
-from everysat.data import bands, points, published
+from everysat.data import bands, periods, points, published
 from everysat.io import arrays
 from everysat.types import Batch, Raster
 
@@ -48,10 +45,8 @@ LAYERS = ("s2", "s1", "era5", "srtm", "label")
 FILES = ("s1_s2_era5_srtm", "month", "latlon", "site", "target")
 S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 COLUMNS = {"s1": slice(0, 2), "s2": slice(2, 13), "era5": slice(13, 15), "srtm": slice(15, 17)}
-CHANNELS, PERIODS, PERIOD_DAYS = 18, 3, 30
+CHANNELS, PERIODS = 18, 3
 GSD_M = 10.0
-LEAST_DB = -40.0
-"""Backscatter below this is the border of an image: the noise of the instrument lies far above it."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ def _table(files: tuple[tuple[str, int, int], ...]) -> Table:
     for months in np.unique(table.month, axis=0).tolist():
         if tuple(months) not in known:
             raise ValueError(
-                f"{paths[1]} has the months {months}, which no {PERIODS} periods of {PERIOD_DAYS} days begin in"
+                f"{paths[1]} has the months {months}, which no {PERIODS} periods of {periods.DAYS} days begin in"
             )
     if not (np.abs(table.latlon) <= (90, 180)).all():
         raise ValueError(f"{paths[2]} holds a position that is no latitude and longitude in degrees")
@@ -189,7 +184,7 @@ def _periods(year: int) -> dict[tuple[int, ...], tuple[datetime, ...]]:
             if month == 2:
                 continue
             end = datetime(y + month // 12, month % 12 + 1, 1, tzinfo=UTC) - timedelta(days=1)
-            starts = tuple(end - timedelta(days=PERIOD_DAYS * back) for back in range(PERIODS, 0, -1))
+            starts = tuple(end - timedelta(days=periods.DAYS * back) for back in range(PERIODS, 0, -1))
             known[tuple(start.month - 1 for start in starts)] = starts
     return known
 
@@ -200,23 +195,13 @@ def _layer(name: str, inputs: np.ndarray, months: tuple[int, ...], year: int) ->
     if name == "srtm":
         return points.layer(sensors.get("srtm-terrain").select(("elevation", "slope")), numbers[:1], GSD_M)
     if name == "era5":
-        first = [period for period in range(PERIODS) if months[period] not in months[:period]]
-        spans = [_month(starts[period]) for period in first]
-        days = np.array([(end - start) / 86400 for start, end in spans])
-        table = sensors.get("era5-land-monthly").select(("t2m", "tp"))
-        return points.layer(table, numbers[first] * np.stack([np.ones_like(days), 1000 * days], 1), GSD_M, time_s=spans)
-    begins = [start.timestamp() for start in starts]
-    times: dict[str, Any] = {"time_s": [(begin, begin + 86400 * PERIOD_DAYS) for begin in begins]}
+        return periods.weather(numbers, starts, GSD_M)
+    time_s = periods.spans(starts)
     if name == "s1":
-        return points.layer(published.sentinel1("VV", "VH"), numbers, GSD_M, valid=numbers > LEAST_DB, **times)
-    return points.layer(
-        sensors.get("sentinel-2-l1c").select(S2_BANDS), numbers * 1e-4, GSD_M, valid=numbers > 1, **times
-    )
-
-
-def _month(start: datetime) -> tuple[float, float]:
-    first = start.replace(day=1)
-    return first.timestamp(), (first + timedelta(days=32)).replace(day=1).timestamp()
+        table, valid = published.sentinel1("VV", "VH"), numbers > periods.LEAST_DB
+        return points.layer(table, numbers, GSD_M, valid=valid, time_s=time_s)
+    table = sensors.get("sentinel-2-l1c").select(S2_BANDS)
+    return points.layer(table, numbers * 1e-4, GSD_M, valid=numbers > 1, time_s=time_s)
 
 
 def fake(folder: Path, *, places: int = 20, seed: int = 0) -> None:
