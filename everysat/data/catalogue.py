@@ -24,15 +24,21 @@ PUBLISHED_AS = {
     "hls-burn-scars": "burnscars",
     "flair-1": "flair/1",
     "flair-2": "flair/2",
+    "geolifeclef-2022": "geolifeclef/2022",
+    "geolifeclef-2023": "geolifeclef/2023",
     "mmearth64": "mmearth",
     "mmearth100k": "mmearth/100k",
     "pastis-hd": "pastis",
     "pastis-r": "pastis",
+    "rsitmd": "captions/rsitmd",
+    "rsvqa-hr": "rsvqa/hr",
+    "rsvqa-lr": "rsvqa/lr",
     "s2naip-urban": "s2naip",
     "so2sat-lcz42": "so2sat",
     "spacenet-7": "spacenet7",
     "treesatai-ts": "treesatai",
     "treesatai-time-series": "treesatai",
+    "ucm-captions": "captions/ucm",
 }
 """Other names of datasets, as their authors spell them, and what they are called here."""
 HOSTED = {

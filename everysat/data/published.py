@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,15 @@ def layers_of(wanted: Sequence[str] | None, known: Sequence[str], default: Seque
 def days(stamps: Iterable[Any], path: str | Path) -> Tensor:
     """The UTC day of each ``YYYYMMDD``, as [start, end) seconds since 1970, float64 [obs, 2]; ``path`` is for the error."""
     try:
-        spans = [dates.span(f"{int(stamp):08d}") for stamp in stamps]
+        spans = [_day(int(stamp)) for stamp in stamps]
     except ValueError as error:
         raise ValueError(f"{path}: {error}; expected days as YYYYMMDD") from error
     return torch.tensor(spans, dtype=torch.float64).reshape(-1, 2)
+
+
+@lru_cache(maxsize=1 << 16)
+def _day(stamp: int) -> tuple[float, float]:
+    return dates.span(f"{stamp:08d}")
 
 
 def stamps_in(products: Iterable[Any], field: int, path: str | Path) -> list[str]:
@@ -176,7 +182,9 @@ def without(labels: Raster, codes: Sequence[int]) -> Raster:
     """Labels of one band less these codes, whose pixels then count as not labelled."""
     band = labels.sensor.bands[0]
     left = {code: name for code, name in (band.classes or {}).items() if code not in codes}
-    hidden = torch.isin(labels.values, torch.tensor([float(code) for code in codes]))
+    hidden = torch.zeros_like(labels.valid)
+    for code in codes:
+        hidden |= labels.values == code
     sensor = replace(labels.sensor, bands=(replace(band, classes=left),))
     return replace(labels, sensor=sensor, valid=labels.valid & ~hidden)
 
@@ -189,6 +197,7 @@ def presence(name: str, present: Iterable[str], classes: Sequence[str], side_m: 
     return Raster.of(Sensor(name, "classes", bands, source=source), values, side_m)
 
 
+@cache
 def sentinel1(*bands: str, unit: str = "dB") -> Sensor:
     """Sentinel-1 with these bands; with ``unit="linear"``, VV and VH as linear power."""
     table = sensors.get("sentinel-1-grd")

@@ -86,9 +86,14 @@ def gsd_m(geobox: GeoBox) -> float:
 def to_lonlat(geobox: GeoBox, cols: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
     """Longitude and latitude of pixel positions (0, 0 is the corner of the first pixel)."""
     x, y = positions(geobox.affine, cols, rows)
-    to = Transformer.from_crs(crs_of(geobox).proj, "EPSG:4326", always_xy=True)
-    lon, lat = to.transform(x, y)
+    lon, lat = _to_degrees(crs_of(geobox).proj).transform(x, y)
     return lon, lat
+
+
+@lru_cache(maxsize=256)
+def _to_degrees(crs: Any) -> Transformer:
+    """Making one takes longer than reading a small image; they may be used in several threads."""
+    return Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
 
 
 def place_of(geobox: GeoBox) -> Place:

@@ -42,6 +42,8 @@ _MOST_BLOCKS = 256
 _TOO_SMALL = (
     "a remote file was dropped from the cache while it was opened: the cache is too small. Raise EVERYSAT_CACHE_GB"
 )
+_OPENINGS = 8
+"""Times that a file is opened again which was dropped from the cache meanwhile."""
 _WHOLE = 1 << 28
 """Largest file that is taken whole from a server that does not know ranges."""
 
@@ -296,22 +298,29 @@ class RemoteDataset:
     """
 
     def __init__(self, path: str) -> None:
-        self._file = RemoteFile(path)
+        for _ in range(_OPENINGS):
+            self._file = RemoteFile(path)
+            if self._opened():
+                return
+        raise OSError(_TOO_SMALL)
+
+    def _opened(self) -> bool:
+        """Whether GDAL has opened this very file: others, here or in another process, may have pushed it out of the cache meanwhile."""
         try:
             self._images = tiff.images(self._file.bytes)
         except OSError as error:
             raise OSError(f"{self._file.url} cannot be read: {error}") from error
         if not self._images:
             self._file.ensure([(0, self._file.size)])
+        path = self._file.entry.path
         try:
             with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS="1"):
-                self._dataset = rasterio.open(self._file.entry.path)
+                self._dataset = rasterio.open(path)
         except RasterioError as error:
-            if self._file.entry.is_at(self._file.entry.path):
+            if self._file.entry.is_at(path):
                 raise OSError(f"{self._file.url} is no raster that can be read ({error})") from error
-            raise OSError(_TOO_SMALL) from error
-        if not self._file.entry.is_at(self._file.entry.path):
-            raise OSError(_TOO_SMALL)
+            return False
+        return self._file.entry.is_at(path)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -45,13 +45,14 @@ def _linear(before: int, after: int, step: float) -> Tensor:
 
 
 def resample(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``image`` [..., y, x] by the weights of both axes: [..., after y, after x]."""
-    for axis, weight in ((-2, rows), (-1, columns)):
-        weight = weight.to(image.device, image.dtype)
-        used = torch.nonzero(weight.any(0)).flatten()
-        if len(used) < weight.shape[1]:
-            image, weight = image.index_select(axis, used), weight[:, used]
-        image = torch.matmul(weight, image) if axis == -2 else F.linear(image, weight)
+    """``image`` [..., y, x] by the weights of both axes: [..., after y, after x], in the precision of the image, also under autocast."""
+    with torch.autocast(image.device.type, enabled=False):
+        for axis, weight in ((-2, rows), (-1, columns)):
+            weight = weight.to(image.device, image.dtype)
+            used = torch.nonzero(weight.any(0)).flatten()
+            if len(used) < weight.shape[1]:
+                image, weight = image.index_select(axis, used), weight[:, used]
+            image = torch.matmul(weight, image) if axis == -2 else F.linear(image, weight)
     return image
 
 

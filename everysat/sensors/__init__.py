@@ -231,13 +231,13 @@ def get(name: str) -> Sensor:
     """The sensor of that name, or the one that the TOML file at this path describes."""
     if name.endswith(".toml"):
         return load(name)
-    if name not in names():
-        raise LookupError(f"no sensor is called {name!r}. {suggest(name, names())} A path to a .toml table works too.")
     return _described_here(name)
 
 
 @cache
 def _described_here(name: str) -> Sensor:
+    if name not in names():
+        raise LookupError(f"no sensor is called {name!r}. {suggest(name, names())} A path to a .toml table works too.")
     return load(_FOLDER / f"{name}.toml")
 
 

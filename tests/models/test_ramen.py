@@ -259,3 +259,12 @@ def test_spread_tells_texture_where_cells_are_larger_than_pixels() -> None:
         cells = found[0].coords.cells()
         inner = ((cells > 0) & (cells < 3)).all(1)  # those at the edge do not read as many dark as bright pixels
         assert torch.allclose(found[0].x[inner], found[1].x[inner], atol=1e-4) == (not spread)
+
+
+def test_reduced_precision_stays_near() -> None:
+    encoder = model(layers="all", gsd_m=20.0, spread=True, skip=True)
+    batch = Batch.cat([scene(16, 3), scene(9)])
+    exact = encoder.embed(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = encoder.embed(batch)
+    assert torch.nn.functional.cosine_similarity(exact.mean, rough.mean.float()).min() > 0.99

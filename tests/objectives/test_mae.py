@@ -57,6 +57,16 @@ def test_a_quarter_is_shown_and_losses_are_finite(encoder) -> None:
     torch.testing.assert_close(terms["loss"], terms["s2"] + terms["s1"])
 
 
+def test_losses_in_reduced_precision_are_near(encoder) -> None:
+    task = mae.build(encoder=encoder, subsets=False, **OPTIONS).eval()
+    encoder.eval()
+    exact = task(encoder, batch(), torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = task(encoder, batch(), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rough["loss"].float(), exact["loss"], rtol=0.05, atol=0.05)
+    rough["loss"].backward()
+
+
 def test_gradients_reach_every_parameter_of_the_decoder(encoder) -> None:
     dem = Raster.of(sensors.get("copernicus-dem"), torch.rand(1, 1, 8, 8), 40.0)
     task = mae.build(encoder=encoder, subsets=False, **OPTIONS)
