@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from everysat import sensors
+from everysat.data.catalogue import entries
 from everysat.sensors import UNITS, Band, Sensor
 
 PACKAGE = Path(sensors.__file__).resolve().parent.parent
@@ -31,6 +33,19 @@ def sensors_page() -> str:
         "",
     ]
     return "\n".join([*text, *(line for sensor in known for line in _section(sensor))]) + "\n"
+
+
+def datasets_table() -> str:
+    """All datasets that are published, as Markdown."""
+    rows = ["| name | | layers | parts | licence | source |", "|---|---|---|---|---|---|"]
+    for entry in entries():
+        if not entry.source:
+            continue
+        source = re.sub(r"(?<![\w.])(https://[^\s;,)]+)", r"<\1>", entry.source)
+        title = entry.title.replace("|", "\\|")
+        cells = f"`{entry.name}`", title, ", ".join(entry.layers), ", ".join(entry.splits), entry.licence, source
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def _summary(sensor: Sensor) -> str:
@@ -95,6 +110,11 @@ def on_config(config: Any) -> Any:
         parts.setdefault(".".join(module.split(".")[:2]), []).append({module: f"api/{module}.md"})
     config.nav.append({"API": [pages[0] if len(pages) == 1 else {part: pages} for part, pages in parts.items()]})
     return config
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Puts the table of datasets where a page asks for it."""
+    return markdown.replace("<!-- datasets -->", datasets_table()) if "<!-- datasets -->" in markdown else markdown
 
 
 def on_files(files: Any, config: Any) -> Any:

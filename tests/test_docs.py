@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from everysat import sensors
+from everysat.find import find, names
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = sorted((REPO / "docs").glob("*.md"))
@@ -25,7 +26,7 @@ def python_blocks(page: Path) -> str:
     return "\n".join(kept)
 
 
-@pytest.mark.parametrize("name", ["index.md", "tutorial.md", "places.md", "anysat.md", "any_sensor.md"])
+@pytest.mark.parametrize("name", ["index.md", "tutorial.md", "places.md", "datasets.md", "anysat.md", "any_sensor.md"])
 def test_the_python_of_a_page_runs(name: str) -> None:
     source = python_blocks(REPO / "docs" / name)
     assert source.strip()
@@ -46,6 +47,13 @@ def test_the_sensors_page_holds_every_band(generated: dict[str, Any]) -> None:
         rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
         assert len(rows) == (len(sensor.bands) if len(sensor.bands) <= 40 else 10)
         assert all(line.count("|") == rows[0].count("|") for line in rows)
+
+
+def test_the_datasets_page_lists_all_that_are_published(generated: dict[str, Any]) -> None:
+    table = generated["datasets_table"]()
+    published = [name for name in names("data") if getattr(find("data", name)[0], "SOURCE", "")]
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == published
+    assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
 
 
 def test_the_api_has_a_page_for_every_documented_module(generated: dict[str, Any]) -> None:

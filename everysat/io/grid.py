@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +33,8 @@ def positions(affine: Affine, cols: Any, rows: Any) -> tuple[np.ndarray, np.ndar
     return affine.a * cols + affine.b * rows + affine.c, affine.d * cols + affine.e * rows + affine.f
 
 
-def plain_crs(crs: object) -> CRS:
+@lru_cache(maxsize=256)
+def plain_crs(crs: Hashable) -> CRS:
     """The CRS by its EPSG code where it has one: files spell the same CRS in many ways, which would not compare equal."""
     found = CRS(crs)
     code = found.to_epsg()
