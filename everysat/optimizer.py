@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from everysat.find import suggest
-from everysat.recipe import Recipe, RecipeError
+from everysat.nn import lora
+from everysat.recipe import Recipe, RecipeError, Tuning
+
+PROJECTORS = ("encoder.projectors", "encoder.projector", "encoder.project", "encoder.bands", "encoder.patch_embed")
+"""What input projections are called, one per modality, in the models of this package."""
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -39,6 +43,45 @@ def freeze(module: nn.Module, patterns: Iterable[str]) -> None:
     refuse_unmatched(patterns, [n for n, _ in module.named_parameters()], "freeze")
     for name, parameter in module.named_parameters():
         if any(matches(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def adapt(encoder: nn.Module, tuning: Tuning) -> None:
+    """Low-rank factors for the encoder's layers, if the recipe asks for them.
+
+    Raises:
+        RecipeError: targets that there are not, or a rank that does not fit.
+    """
+    if tuning.how == "lora":
+        targets = [target.removeprefix("encoder.") for target in tuning.targets]
+        try:
+            lora.attach(encoder, rank=tuning.rank, alpha=tuning.alpha, targets=targets)
+        except (LookupError, ValueError) as error:
+            raise RecipeError(f"train: {error}") from error
+
+
+def restrict(trainee: nn.Module, tuning: Tuning) -> None:
+    """No gradients for parameters of ``trainee.encoder`` that are not to learn; see :class:`everysat.recipe.Tuning`.
+
+    Raises:
+        RecipeError: the encoder has no projections of these names.
+    """
+    if tuning.how == "all":
+        return
+    names = [name for name, _ in trainee.named_parameters() if name.startswith("encoder.")]
+    learn: set[str] = set()
+    if tuning.how == "lora":
+        own = {id(parameter) for parameter in lora.factors(trainee).values()}
+        learn = {name for name, parameter in trainee.named_parameters() if id(parameter) in own}
+    elif tuning.how == "projector":
+        refuse_unmatched(tuning.targets, names, "train.targets")
+        learn = {n for n in names if any(matches(n, pattern) for pattern in tuning.targets or PROJECTORS)}
+        if not learn:
+            raise RecipeError(
+                f"train: projector: the encoder has none of {', '.join(PROJECTORS)}; name its own in targets"
+            )
+    for name, parameter in trainee.named_parameters():
+        if name.startswith("encoder.") and name not in learn:
             parameter.requires_grad_(False)
 
 
@@ -69,7 +112,7 @@ def parameter_groups(recipe: Recipe, module: nn.Module) -> list[dict[str, Any]]:
             is_matrix = sum(size > 1 for size in parameter.shape) > 1
             groups.setdefault((scale, recipe.weight_decay if is_matrix else 0.0), []).append(parameter)
     if not groups:
-        raise RecipeError(f"freeze={recipe.freeze} leaves nothing to train")
+        raise RecipeError(f"freeze={recipe.freeze}, train={recipe.train.how} leaves nothing to train")
     return [{"params": found, "scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from everysat.data.augment import Augment
 from everysat.data.batches import Tolerant
@@ -73,6 +73,35 @@ class Source(Named):
         return self.label or self.name
 
 
+class Tuning(_Part):
+    """Which parameters learn. The others stay as they are, to the bit; ``freeze`` holds beside it.
+
+    Attributes:
+        how: ``all``; ``head``, those of the task or objective alone; ``projector``, also the encoder's input projections, one per
+            modality; ``lora``, also low-rank factors added to linear layers of the encoder (:mod:`everysat.nn.lora`), which the
+            finished run writes into its weights.
+        rank, alpha: of ``lora``.
+        targets: names of the projections (``projector``) or of the linear layers (``lora``), patterns as in ``freeze``; by default
+            those that go by the usual names.
+    """
+
+    how: Literal["all", "head", "projector", "lora"] = "all"
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: list[str] = []
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Tuning:
+        wrong = (
+            self.model_fields_set
+            - {"how"}
+            - {"lora": {"rank", "alpha", "targets"}, "projector": {"targets"}}.get(self.how, set())
+        )
+        if any(getattr(self, name) != type(self).model_fields[name].default for name in wrong):
+            raise ValueError(f"{', '.join(sorted(wrong))} do nothing with how={self.how}; rank and alpha are of lora")
+        return self
+
+
 class Recipe(_Part):
     """See the fields. Lengths of time are counted in optimiser steps.
 
@@ -88,6 +117,7 @@ class Recipe(_Part):
         warmup_steps, schedule: linear rise, then half a cosine to 0 or constant.
         lr_scale: factor on ``lr`` for parameters by pattern; ``freeze``: patterns of parameters that stay as they are.
             Names begin with ``encoder.`` or ``objective.`` (also for a task); a pattern is a prefix, or has * and ?.
+        train: what learns: ``all``, ``head``, ``projector`` or ``lora``, or these with options, see :class:`Tuning`.
         clip: largest norm of the gradient. ema: decay of an average of the weights, which is then validated and saved.
         precision: fp32, or bf16 for autocast of what tolerates it.
         seed: of every draw. devices, accelerator: how many processes and on what.
@@ -114,6 +144,7 @@ class Recipe(_Part):
     schedule: Literal["cosine", "constant"] = "cosine"
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}
     freeze: list[str] = []
+    train: Tuning = Tuning()
     clip: float | None = Field(default=None, gt=0)
     ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -125,6 +156,11 @@ class Recipe(_Part):
     validate_every: int = Field(default=0, ge=0)
     tensorboard: bool = False
     out: str = ""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        return {"how": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -24,10 +24,11 @@ from everysat import checkpoint, manifest
 from everysat.data.batches import Dataset, Plan, Tolerant, in_order, observations, prefetch, shard
 from everysat.logbook import Logbook, Stop
 from everysat.models import weights
+from everysat.nn import lora
 from everysat.nn.batchnorm import over_processes
 from everysat.nn.draws import generator, key
 from everysat.nn.gather import alone, world
-from everysat.optimizer import Average, adamw, freeze, learning_rate, train_mode
+from everysat.optimizer import Average, adamw, adapt, freeze, learning_rate, restrict, train_mode
 from everysat.progress import Progress
 from everysat.recipe import Recipe as Recipe
 from everysat.recipe import RecipeError
@@ -80,7 +81,8 @@ def train(
     quiet: bool = False,
 ) -> Run:
     """Train as the recipe says, in ``recipe.folder``: ``weights.safetensors`` with its contract, ``log.jsonl``, ``recipe.yaml``,
-    ``run.json`` (the manifest) and, until the end, ``checkpoint.safetensors``.
+    ``run.json`` (the manifest) and, until the end, ``checkpoint.safetensors``. ``train: lora`` also leaves ``lora.safetensors``, the
+    low-rank factors alone, which the weights have merged in.
 
     A run that was stopped goes on; one that is complete is loaded. Ctrl-C or SIGTERM saves a checkpoint first.
 
@@ -119,6 +121,7 @@ class _Training:
             raise ValueError(f"data has {len(self.data)} datasets, the recipe lists {len(recipe.data)}")
         torch.manual_seed(key(recipe.seed, "weights"))
         self.encoder = build_encoder(recipe, self.data)
+        adapt(self.encoder, recipe.train)
         kind, named = ("tasks", recipe.task) if recipe.task else ("objectives", recipe.objective)
         self.objective: Objective = named.build(kind, encoder=self.encoder)  # type: ignore[union-attr]
         self.keep: Collection[str] = (self.objective.target,) if isinstance(self.objective, Task) else ()
@@ -136,6 +139,7 @@ class _Training:
     def _prepare(self) -> None:
         """Freeze, make the optimiser and the average, and hand everything to the device."""
         recipe, device, self.trainee = self.recipe, self.fabric.device, Trainee(self.encoder, self.objective)
+        restrict(self.trainee, recipe.train)
         freeze(self.trainee, recipe.freeze)
         if self.fabric.world_size > 1:
             over_processes(self.trainee)
@@ -167,6 +171,9 @@ class _Training:
                     record.note(broken_places=self._broken())
             if self.average is not None:
                 self.average.swap()
+            if self.leads and lora.adapted(self.encoder):
+                lora.save(self.encoder, self.folder / "lora.safetensors")
+            lora.merge(self.trainee)
             if record is not None:
                 self._save_weights()
                 record.note(weights_sha256=manifest.sha256(self.folder / "weights.safetensors"))
@@ -422,6 +429,7 @@ class _Training:
         path, log = self.folder / "weights.safetensors", Logbook.read(self.folder)
         if isinstance(self.objective, Task):
             return Run(self.recipe, *weights.load_task(path), log)
+        lora.merge(self.objective)  # an objective may hold a copy of the encoder, which was saved merged
         checkpoint.restore(checkpoint.tensors_of(self.objective, ""), checkpoint.load(self._objective_file)[0])
         return Run(self.recipe, weights.load(path), self.objective.eval(), log)
 
