@@ -20,6 +20,7 @@ from golden_anysat import CHECKS as ANYSAT
 from golden_atomizer import CHECKS as ATOMIZER
 from golden_fixture import Fixture, close
 from golden_ramen import CHECKS as RAMEN
+from golden_utae import CHECKS as UTAE
 from torch import Tensor
 
 from everysat import sensors
@@ -241,4 +242,5 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     **ANYSAT,
     **ATOMIZER,
     **RAMEN,
+    **UTAE,
 }

@@ -26,6 +26,8 @@ class Ltae(nn.Module):
         normalise: group-normalise each series over its dates before attention (OmniSat: optical series only).
         norm: of the layers: ``batch``, over observations (OmniSat), or ``group``, four groups of channels of each (AnySat).
         normalise_out: group-normalise the result (not in RAMEN).
+        linear: ``widths`` is one linear map alone, and the series is normalised before it instead of behind (U-TAE, Garnot & Landrieu
+            2021).
     """
 
     def __init__(
@@ -42,13 +44,17 @@ class Ltae(nn.Module):
         attention_dropout: float = 0.1,
         norm: Literal["batch", "group"] = "batch",
         normalise_out: bool = True,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         dim = widths[-1]
         self.heads, self.key_dim, self.period, self.dim = heads, key_dim, period, out_widths[-1]
         self.attention_dropout = attention_dropout
-        self.observation = _mlp(inputs, widths, norm, dropout)
-        self.in_norm = nn.GroupNorm(heads, dim) if normalise else None
+        if linear and len(widths) != 1:
+            raise ValueError(f"linear=True makes one map, widths={tuple(widths)} lists {len(widths)}")
+        self.observation = nn.Linear(inputs, dim) if linear else _mlp(inputs, widths, norm, dropout)
+        self.first_norm = nn.GroupNorm(heads, inputs) if normalise and linear else None
+        self.in_norm = nn.GroupNorm(heads, dim) if normalise and not linear else None
         self.query = nn.Parameter(torch.randn(heads, key_dim) * math.sqrt(2 / key_dim))
         self.key = nn.Linear(dim, heads * key_dim, bias=False)  # a bias would cancel in the softmax over dates
         nn.init.normal_(self.key.weight, std=math.sqrt(2 / key_dim))
@@ -62,20 +68,35 @@ class Ltae(nn.Module):
         ``x`` [n, inputs] are the observations of all series in any order, ``series`` int64 [n] says whose, ``day`` [n] when.
         A series without observation gives a vector without meaning: leave it out.
         """
-        return self.pooled(self.observation(x), series, day, count)
+        return self._pooled(self._observed(x, series, count), series, day, count)
+
+    def by_head(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, with the attention of each head [n, head] as it was used: in training, after dropout."""
+        return self._pooled(self._observed(x, series, count), series, day, count, by_head=True)
 
     def pooled(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, of observations ``x`` [n, widths[-1]] that went through the layers for single ones."""
+        return self._pooled(x, series, day, count)
+
+    def _observed(self, x: Tensor, series: Tensor, count: int) -> Tensor:
+        if self.first_norm is not None:
+            x = _norm_over_dates(self.first_norm, x, series, count)
+        return self.observation(x)
+
+    def _pooled(
+        self, x: Tensor, series: Tensor, day: Tensor, count: int, *, by_head: bool = False
+    ) -> tuple[Tensor, Tensor]:
         if x.shape[0] == 0:
+            nothing = x.new_zeros(0, self.heads) if by_head else x.new_zeros(0)
             if world()[1] > 1:  # statistics over processes need all of them, here and in the backward pass
-                return self.out_norm(self.out(x.new_zeros(count, x.shape[1]) + x.sum(0))), x.new_zeros(0)
-            return x.new_zeros(count, self.dim), x.new_zeros(0)
+                return self.out_norm(self.out(x.new_zeros(count, x.shape[1]) + x.sum(0))), nothing
+            return x.new_zeros(count, self.dim), nothing
         lengths = torch.bincount(series, minlength=count)
         pool = self._pool_equal if int(lengths.min()) == int(lengths.max()) else self._pool_ragged
-        pooled, attention = pool(x, series, day, count)
+        pooled, attention = pool(x, series, day, count, by_head)
         return self.out_norm(self.out_dropout(self.out(pooled))), attention
 
-    def _pool_equal(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _pool_equal(self, x: Tensor, series: Tensor, day: Tensor, count: int, by_head: bool) -> tuple[Tensor, Tensor]:
         """Series of one length: a rectangle [series, date, dim]."""
         order = torch.argsort(series, stable=True)
         values = x[order].view(count, -1, x.shape[1])
@@ -83,13 +104,15 @@ class Ltae(nn.Module):
             values = self.in_norm(values.transpose(1, 2)).transpose(1, 2)
         values = values + self._date_code(day[order], values.dtype).view_as(values)
         attention = F.linear(values, self._folded()).transpose(1, 2).softmax(-1)
-        mean = torch.empty_like(day, dtype=attention.dtype).index_copy(0, order, attention.mean(1).flatten())
-        attention = F.dropout(attention, self.attention_dropout, self.training)
+        mean = attention.mean(1)
+        attention = F.dropout(attention, self.attention_dropout, self.training).transpose(1, 2)
         # A product and a sum: many products of one row each are slower, and take more memory in reduced precision.
         heads = values.view(*values.shape[:2], self.heads, -1)
-        return (heads * attention.transpose(1, 2)[..., None]).sum(1).flatten(1), mean
+        told = attention.flatten(0, 1) if by_head else mean.flatten()
+        told = torch.zeros_like(told).index_copy(0, order, told)
+        return (heads * attention[..., None]).sum(1).flatten(1), told
 
-    def _pool_ragged(self, x: Tensor, series: Tensor, day: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _pool_ragged(self, x: Tensor, series: Tensor, day: Tensor, count: int, by_head: bool) -> tuple[Tensor, Tensor]:
         """Series of different lengths: sums over the observations of each, without padding."""
         if self.in_norm is not None:
             x = _norm_over_dates(self.in_norm, x, series, count)
@@ -103,7 +126,7 @@ class Ltae(nn.Module):
         mean = attention.mean(1)
         attention = F.dropout(attention, self.attention_dropout, self.training)
         weighted = (rearrange(x, "n (h d) -> n h d", h=self.heads) * attention[..., None]).flatten(1)
-        return weighted.new_zeros(count, x.shape[1]).index_add(0, series, weighted), mean
+        return weighted.new_zeros(count, x.shape[1]).index_add(0, series, weighted), attention if by_head else mean
 
     def _date_code(self, day: Tensor, dtype: torch.dtype) -> Tensor:
         """Sinusoids of dim / heads numbers, once per distinct day, repeated for each head: [n, dim]."""
