@@ -14,21 +14,36 @@ import torch
 from torch import Tensor
 
 from everysat.find import suggest
-from everysat.nn.probe import Linear, Neighbours, fit_linear, fit_neighbours
-from everysat.nn.scores import SCORES, calibration_error, confusion_matrix, reliability, risk_coverage
+from everysat.nn.forest import fit_forest
+from everysat.nn.probe import fit_labels, fit_linear, fit_neighbours, fit_ridge
+from everysat.nn.scores import (
+    KINDS,
+    calibration_error,
+    confusion_matrix,
+    label_counts,
+    moments,
+    reliability,
+    risk_coverage,
+)
 from everysat.progress import Progress
 from everysat.table import Table
 
-HOW: dict[str, Callable[..., Linear | Neighbours]] = {"probe": fit_linear, "knn": fit_neighbours}
+HOW: dict[str, dict[str, Callable[..., Any]]] = {
+    "classes": {"probe": fit_linear, "knn": fit_neighbours, "forest": fit_forest},
+    "labels": {"probe": fit_labels, "forest": fit_forest},
+    "values": {"probe": fit_ridge, "forest": fit_forest},
+}
+"""Models on frozen features, by the kind of the target: ``probe`` is linear (logistic or ridge regression)."""
 REPLICATES = 1000
 
-Draw = tuple[Sequence[int], Sequence[int]]
-"""Groups that train, groups that test."""
+Draw = tuple[Sequence[int], Sequence[int]] | tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""Groups that train, groups that test; and, if there are such, groups on which a model's settings are chosen."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled features: ``x`` [n, dim], ``label`` int64 [n] (index into ``classes``), ``group`` int64 [n]."""
+    """Labelled features: ``x`` [n, dim], ``group`` int64 [n] and ``label``: int64 [n], index into ``classes``; or bool [n, class], several
+    classes at once; or float [n], values, of which ``classes`` names one."""
 
     x: Tensor
     label: Tensor
@@ -41,6 +56,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    @property
+    def kind(self) -> str:
+        """Of the target, see :data:`everysat.nn.scores.KINDS`."""
+        return "values" if self.label.is_floating_point() else "labels" if self.label.ndim == 2 else "classes"
 
     @classmethod
     def of_grid(cls, x: Tensor, label: Tensor, group: Tensor, classes: Sequence[str]) -> Samples:
@@ -80,14 +100,17 @@ class Evaluation:
     """What was predicted on the test groups of each draw.
 
     Attributes:
-        confusion: per draw float64 [group, class, class], rows are labels.
+        counts: per draw, of each test group, what its scores are made of, float64 [group, ...], see :mod:`everysat.nn.scores`;
+            for one class of several the confusion matrix [group, class, class], rows are labels.
         groups: per draw the group id of each of these matrices, int64 [group].
-        confidence, correct: per draw and test sample, the probability of the predicted class, and whether it was right.
-        fitted: per draw the classifier, or None where predictions came from a function.
+        confidence, correct: per draw and test sample, the probability of the predicted class, and whether it was right (one
+            class of several).
+        fitted: per draw the model on the features, or None where predictions came from a function.
     """
 
     classes: tuple[str, ...]
-    confusion: list[Tensor] = field(default_factory=list)
+    kind: str = "classes"
+    counts: list[Tensor] = field(default_factory=list)
     groups: list[Tensor] = field(default_factory=list)
     confidence: list[Tensor] = field(default_factory=list)
     correct: list[Tensor] = field(default_factory=list)
@@ -95,29 +118,32 @@ class Evaluation:
 
     def score(self, name: str = "macro_f1", *, seed: int = 0) -> Score:
         """The score of that name over all draws."""
-        function = _function(name)
-        each = torch.stack([function(c.sum(0)) for c in self.confusion])
-        low, high = _interval(self._replicates(function, seed))
-        std = float(each.std(correction=1)) if len(each) > 1 else 0.0
-        groups = len(torch.cat(self.groups).unique())
-        return Score(name, float(each.mean()), std, low, high, len(each), groups, SCORES[name][0], tuple(each.tolist()))
+        definition, function = self._score(name)
+        each = torch.stack([function(c.sum(0)) for c in self.counts])
+        return self._over_draws(name, each, self._replicates(function, seed), definition)
 
     def less(self, other: Evaluation, name: str = "macro_f1", *, seed: int = 0) -> Score:
         """This score minus that of ``other`` on the same draws; replicates and draws are paired, so that an interval above 0
         says that this one is better on this kind of place."""
         if [g.tolist() for g in self.groups] != [g.tolist() for g in other.groups]:
             raise ValueError("the two evaluations tested other groups: give both the same draws")
-        function = _function(name)
+        definition, function = self._score(name)
         each = torch.stack(
-            [function(a.sum(0)) - function(b.sum(0)) for a, b in zip(self.confusion, other.confusion, strict=True)]
+            [function(a.sum(0)) - function(b.sum(0)) for a, b in zip(self.counts, other.counts, strict=True)]
         )
-        low, high = _interval(self._replicates(function, seed) - other._replicates(function, seed))
+        replicates = self._replicates(function, seed) - other._replicates(function, seed)
+        return self._over_draws(f"{name} difference", each, replicates, f"difference of: {definition}")
+
+    def _over_draws(self, name: str, each: Tensor, replicates: Tensor, definition: str) -> Score:
         std = float(each.std(correction=1)) if len(each) > 1 else 0.0
-        groups = len(torch.cat(self.groups).unique())
-        what = f"difference of: {SCORES[name][0]}"
-        return Score(
-            f"{name} difference", float(each.mean()), std, low, high, len(each), groups, what, tuple(each.tolist())
-        )
+        groups, values = len(torch.cat(self.groups).unique()), tuple(each.tolist())
+        return Score(name, float(each.mean()), std, *_interval(replicates), len(each), groups, definition, values)
+
+    def _score(self, name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        known = KINDS[self.kind]
+        if name not in known:
+            raise LookupError(f"no score of {self.kind} is called {name!r}. {suggest(name, known)}")
+        return known[name]
 
     def _replicates(self, function: Callable[[Tensor], Tensor], seed: int) -> Tensor:
         """Mean score over draws in each bootstrap replicate; a group has the same weight in all draws of a replicate."""
@@ -127,14 +153,14 @@ class Evaluation:
         counts = torch.zeros(REPLICATES, len(every), dtype=torch.float64)
         counts.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
         scores = []
-        for confusion, groups in zip(self.confusion, self.groups, strict=True):
+        for each, groups in zip(self.counts, self.groups, strict=True):
             mine = counts[:, torch.searchsorted(every, groups)]
-            scores.append(function((mine @ confusion.flatten(1)).view(REPLICATES, *confusion.shape[1:])))
+            scores.append(function((mine @ each.flatten(1)).view(REPLICATES, *each.shape[1:])))
         return torch.stack(scores).nanmean(0)
 
     def matrix(self) -> Tensor:
         """Confusion matrix over all draws, float64 [class, class]."""
-        return torch.stack([c.sum(0) for c in self.confusion]).sum(0)
+        return torch.stack([c.sum(0) for c in self.counts]).sum(0)
 
     def confusion_table(self, title: str = "Confusion matrix") -> Table:
         """Shares of the labels of a class (rows) that were predicted as each class (columns)."""
@@ -171,27 +197,33 @@ def evaluate(
     """Fits on the training groups of each draw and predicts all samples of its test groups.
 
     Args:
-        how: ``probe`` (logistic regression) or ``knn`` on the frozen ``samples.x``; or a function that is given the draw and
-            returns the probabilities [n, class] of all test samples, in their order - fine-tuning, for instance.
-        options: of :func:`everysat.nn.probe.fit_linear` or :func:`everysat.nn.probe.fit_neighbours`.
+        how: ``probe`` (logistic or ridge regression), ``knn`` or ``forest`` on the frozen ``samples.x``; or a function that is given
+            the draw and returns the probabilities [n, class] (or values [n]) of all test samples, in their order - fine-tuning, for
+            instance.
+        options: of the function in :data:`HOW`.
 
     Raises:
-        ValueError: a group is in training and test, or a part is empty.
+        ValueError: a group is in training and test, or a part is empty. LookupError: ``how`` is unknown for this kind of target.
     """
-    if isinstance(how, str) and how not in HOW:
-        raise LookupError(f"how={how!r} is unknown. {suggest(how, HOW)}")
+    known = HOW[samples.kind]
+    if isinstance(how, str) and how not in known:
+        raise LookupError(f"how={how!r} is unknown for {samples.kind}. {suggest(how, known)}")
     draws = list(draws)
     if not draws:
         raise ValueError("draws is empty: give at least one (training groups, test groups)")
-    result = Evaluation(samples.classes)
+    result = Evaluation(samples.classes, samples.kind)
     with Progress(title, len(draws), quiet=quiet) as bar:
         for index, draw in enumerate(draws):
-            train, test = _parts(samples, draw)
+            train, test, *apart = _parts(samples, draw)
             model = None
             if isinstance(how, str):
-                given = samples.x[train], samples.label[train], samples.group[train]
-                model = HOW[how](*given, classes=samples.classes, seed=seed + index, **options)
-                probabilities = model.probabilities(samples.x[test])
+                given, *held_out = (
+                    (samples.x[part], samples.label[part], samples.group[part]) for part in (train, *apart)
+                )
+                held = {"held_out": held_out[0]} if held_out else {}
+                model = known[how](*given, classes=samples.classes, seed=seed + index, **held, **options)
+                x = samples.x[test]
+                probabilities = model(x)[:, 0] if samples.kind == "values" else model.probabilities(x)
             else:
                 probabilities = how(draw)
             _record(result, samples, test, probabilities, model)
@@ -199,30 +231,40 @@ def evaluate(
     return result
 
 
-def _parts(samples: Samples, draw: Draw) -> tuple[Tensor, Tensor]:
-    train, test = (samples.of_groups(groups) for groups in draw)
-    if both := set(map(int, draw[0])) & set(map(int, draw[1])):
-        raise ValueError(f"{len(both)} groups are in training and test, such as {min(both)}")
-    for name, part in (("training", train), ("test", test)):
+def _parts(samples: Samples, draw: Draw) -> list[Tensor]:
+    """Which samples are of each part of the draw."""
+    titles = ("training", "test", "validation")
+    seen: dict[int, str] = {}
+    for title, groups in zip(titles, draw, strict=False):
+        for group in map(int, groups):
+            if seen.setdefault(group, title) != title:
+                raise ValueError(f"group {group} is in {seen[group]} and {title}")
+    parts = [samples.of_groups(groups) for groups in draw]
+    for title, part in zip(titles, parts, strict=False):
         if not part.any():
-            raise ValueError(f"no sample is of the {name} groups of a draw")
-    return train, test
+            raise ValueError(f"no sample is of the {title} groups of a draw")
+    return parts
 
 
 def _record(result: Evaluation, samples: Samples, test: Tensor, probabilities: Tensor, model: Any) -> None:
     label = samples.label[test]
-    if probabilities.shape != (len(label), len(samples.classes)):
-        raise ValueError(
-            f"probabilities have shape {tuple(probabilities.shape)}, expected {(len(label), len(samples.classes))}"
-        )
+    expected = (len(label),) if samples.kind == "values" else (len(label), len(samples.classes))
+    if probabilities.shape != expected:
+        raise ValueError(f"predictions have shape {tuple(probabilities.shape)}, expected {expected}")
     if not torch.isfinite(probabilities).all():
-        raise ValueError("probabilities are not finite: leave out samples whose features are NaN")
-    confidence, predicted = probabilities.max(1)
+        raise ValueError("predictions are not finite: leave out samples whose features are NaN")
     groups, where = samples.group[test].unique(return_inverse=True)
-    result.confusion.append(confusion_matrix(label, predicted, len(samples.classes), where, len(groups)))
+    if samples.kind == "values":
+        counts = moments(label, probabilities, where, len(groups))
+    elif samples.kind == "labels":
+        counts = label_counts(label, probabilities > 0.5, where, len(groups))
+    else:
+        confidence, predicted = probabilities.max(1)
+        counts = confusion_matrix(label, predicted, len(samples.classes), where, len(groups))
+        result.confidence.append(confidence)
+        result.correct.append(predicted == label)
+    result.counts.append(counts)
     result.groups.append(groups)
-    result.confidence.append(confidence)
-    result.correct.append(predicted == label)
     result.fitted.append(model)
 
 
@@ -242,15 +284,10 @@ def results_table(
             row[name], row[f"{name} 95 %"] = score, f"{score.low:.3f} – {score.high:.3f}"
         row["draws"], row["groups"] = score.draws, score.groups
         rows.append(row)
-    notes = [f"{name}: {SCORES[name][0]}." for name in scores]
+    kind = next(iter(evaluations.values())).kind if evaluations else "classes"
+    notes = [f"{name}: {KINDS[kind][name][0]}." for name in scores]
     notes.append("Mean ± standard deviation over draws; 95 % interval from resampling test groups.")
     return Table.of(title, rows, notes)
-
-
-def _function(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in SCORES:
-        raise LookupError(f"no score is called {name!r}. {suggest(name, SCORES)}")
-    return SCORES[name][1]
 
 
 def _interval(replicates: Tensor) -> tuple[float, float]:

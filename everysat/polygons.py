@@ -196,9 +196,9 @@ def scores(
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:
     """Evaluations of single draws as one."""
-    whole = Evaluation(parts[0].classes)
+    whole = Evaluation(parts[0].classes, parts[0].kind)
     for part in parts:
-        for field in ("confusion", "groups", "confidence", "correct", "fitted"):
+        for field in ("counts", "groups", "confidence", "correct", "fitted"):
             getattr(whole, field).extend(getattr(part, field))
     return whole
 

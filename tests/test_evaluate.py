@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from everysat.evaluate import Samples, evaluate, results_table
+from everysat.nn.probe import fit_linear
 from everysat.nn.scores import SCORES
 from everysat.table import Table
 
@@ -30,7 +31,7 @@ def perfect(data):
     return how
 
 
-@pytest.mark.parametrize("how", ["probe", "knn"])
+@pytest.mark.parametrize("how", ["probe", "knn", "forest"])
 def test_separable_features_score_high_and_noise_scores_low(how):
     assert evaluate(samples(noise=0.1), DRAWS, how).score().mean > 0.98
     assert evaluate(samples(noise=20.0), DRAWS, how).score().mean < 0.6
@@ -58,7 +59,7 @@ def test_a_function_may_predict_instead():
 
 def test_mean_and_std_over_draws():
     result = evaluate(samples(noise=1.5), DRAWS, "probe")
-    values = torch.tensor([float(SCORES["macro_f1"][1](c.sum(0))) for c in result.confusion])
+    values = torch.tensor([float(SCORES["macro_f1"][1](c.sum(0))) for c in result.counts])
     score = result.score()
     assert score.mean == pytest.approx(float(values.mean()))
     assert score.std == pytest.approx(float(values.std()))
@@ -115,7 +116,7 @@ def test_samples_of_a_grid_leave_out_what_is_unlabelled_or_unseen():
 @pytest.mark.parametrize(
     ("draws", "how", "message"),
     [
-        ([([0, 1], [1, 2])], "probe", "1 groups are in training and test"),
+        ([([0, 1], [1, 2])], "probe", "group 1 is in training and test"),
         ([([0, 1], [99])], "probe", "no sample is of the test groups"),
         ([], "probe", "draws is empty"),
         (DRAWS, "prob", "Did you mean probe"),
@@ -177,3 +178,47 @@ def test_draws_that_test_other_groups_add_evidence_and_repeated_ones_do_not():
     alone = [width([draw]) for draw in DRAWS]
     assert width([DRAWS[0]] * 2) == pytest.approx(alone[0])
     assert width(DRAWS) < 0.85 * sum(alone) / 2
+
+
+@pytest.mark.parametrize("how", ["probe", "forest"])
+def test_values_and_several_labels_are_scored_too(how):
+    data = samples(noise=0.3)
+    several = Samples(data.x, torch.stack([data.label != c for c in range(3)], 1), data.group, CLASSES)
+    values = Samples(data.x, 3 * data.x[:, 0] + 7, data.group, ("height",))
+    assert evaluate(several, DRAWS, how).score("macro_f1").mean > 0.95
+    found = evaluate(values, DRAWS, how)
+    assert found.score("r2").mean > 0.9
+    assert found.score("rmse").low < found.score("rmse").mean < found.score("rmse").high
+    with pytest.raises(LookupError, match="no score of values is called 'macro_f1'"):
+        found.score()
+    never = Samples(data.x, several.label & torch.tensor([True, True, False]), data.group, CLASSES)
+    assert evaluate(never, DRAWS, how).score("macro_f1").mean > 0.95
+    with pytest.raises(LookupError, match="how='knn' is unknown for values"):
+        evaluate(values, DRAWS, "knn")
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1.0])
+def test_what_is_held_out_chooses_and_does_not_train(strength):
+    """Held-out labels are what the fit of one strength predicts there, so that this strength is the best on them."""
+    data = samples(noise=3.0)
+    train, apart = data.of_groups(range(20)), data.of_groups(range(20, 40))
+    draw = list(range(20)), list(range(40, 60)), list(range(20, 40))
+    one = fit_linear(data.x[train], data.label[train], data.group[train], classes=CLASSES, strengths=[strength])
+    told = torch.where(apart, one.probabilities(data.x).argmax(1), data.label)
+    found = evaluate(Samples(data.x, told, data.group, CLASSES), [draw], "probe", strengths=[1e-4, 1.0])
+    assert found.fitted[0].strength == strength
+    assert torch.equal(found.fitted[0].weight, one.weight), "held-out labels were trained on"
+    assert found.groups[0].tolist() == draw[1]
+    with pytest.raises(ValueError, match="group 40 is in test and validation"):
+        evaluate(data, [(*draw[:2], [40])], "probe")
+
+
+def test_values_held_out_choose_the_strength():
+    data = samples(noise=0.3)
+    values = Samples(data.x, data.x[:, 0], data.group, ("height",))
+    draw = list(range(20)), list(range(40, 60))
+    away = Samples(
+        data.x, torch.where(data.of_groups(range(20, 40)), values.label.mean(), values.label), data.group, ("height",)
+    )
+    chosen = [evaluate(of, [(*draw, list(range(20, 40)))], "probe").fitted[0].strength for of in (values, away)]
+    assert chosen == [1e-4, 0.1]

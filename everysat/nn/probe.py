@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ WEIGHTINGS = {
     "class+group": "every class counts the same, and every group the same within its class",
 }
 NEVER = -1e4
+Samples3 = tuple[Tensor, Tensor, Tensor]
+"""Features, label and group of samples."""
 CHOOSING = 20
 """Samples per group on which the strength and the temperature are chosen; more cost time and change little."""
 
@@ -99,6 +102,18 @@ class Linear:
             facts["temperature"],
             facts["strength"],
         )
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """A classifier for each of several classes that may be there at once."""
+
+    each: tuple[Linear, ...]
+    classes: tuple[str, ...]
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., class], each by itself."""
+        return torch.stack([one.probabilities(x)[..., 1] for one in self.each], -1)
 
 
 @dataclass(frozen=True)
@@ -177,11 +192,13 @@ def fit_linear(
     seed: int = 0,
     scale: Scale | None = None,
     calibrate: bool = True,
+    held_out: Samples3 | None = None,
 ) -> Linear:
     """Multinomial logistic regression: weighted mean cross-entropy + strength / 2 |weight|^2, the bias free.
 
     The strength with the best macro F1 on left-out groups (``folds`` of them, classes mixed) is chosen, and the temperature is fitted on the logits of left-out
-    groups. Where no class has two groups, nothing can be left out: the middle strength is taken and the temperature is 1.
+    groups. Where no class has two groups, nothing can be left out: the middle strength is taken and the temperature is 1. Labels that are ``held_out`` (x, label,
+    group), such as a validation block, take the place of left-out groups.
 
     Args:
         x: float [n, dim]; rows with NaN are left out. label: int64 [n], index into ``classes``. group: int64 [n].
@@ -195,17 +212,36 @@ def fit_linear(
     strengths = sorted(strengths, reverse=True)
     few = subsample(group, CHOOSING, torch.Generator().manual_seed(seed + 1))
     fold = _folds(label[few], group[few], folds, seed)
-    chosen, held_out = strengths[len(strengths) // 2], torch.zeros(0, len(classes))
-    tested = few[fold >= 0]
-    if len(tested) and (len(strengths) > 1 or calibrate):
-        logits = _cross_validate(x[few], label[few], group[few], fold, strengths, weighting, len(classes))
-        scores = [_macro_f1(each[fold >= 0], label[tested], len(classes)) for each in logits]
+    truth, near = label[few][fold >= 0], group[few][fold >= 0]
+    chosen, logits = strengths[len(strengths) // 2], []
+    if held_out is not None:
+        finite = torch.isfinite(held_out[0]).all(1)
+        seen, truth, near = scale(held_out[0][finite].float()), held_out[1][finite], held_out[2][finite]
+        logits = _held_out(x, label, group, seen, strengths, weighting, len(classes))
+    elif len(truth) and (len(strengths) > 1 or calibrate):
+        every = _cross_validate(x[few], label[few], group[few], fold, strengths, weighting, len(classes))
+        logits = [each[fold >= 0] for each in every]
+    best = None
+    if len(truth) and logits:
+        scores = [_macro_f1(each, truth, len(classes)) for each in logits]
         best = max(range(len(strengths)), key=lambda i: (round(scores[i], 4), strengths[i]))
-        chosen, held_out = strengths[best], logits[best][fold >= 0]
+        chosen = strengths[best]
     weight, bias = _solve(x, label, sample_weights(label, group, weighting), chosen, len(classes))
-    balance = sample_weights(label[tested], group[tested], "group")
-    temperature = fit_temperature(held_out, label[tested], balance) if calibrate else 1.0
+    temperature = 1.0
+    if calibrate and best is not None:
+        temperature = fit_temperature(logits[best], truth, sample_weights(truth, near, "group"))
     return Linear(scale, weight, bias, tuple(classes), temperature, chosen)
+
+
+def fit_labels(
+    x: Tensor, label: Tensor, group: Tensor, *, classes: Sequence[str], held_out: Samples3 | None = None, **options: Any
+) -> PerClass:
+    """A logistic regression for each of several classes that may be there at once: ``label`` bool [n, class]; else as :func:`fit_linear`."""
+    found = []
+    for c in range(len(classes)):
+        apart = None if held_out is None else (held_out[0], held_out[1][:, c].long(), held_out[2])
+        found.append(fit_linear(x, label[:, c].long(), group, classes=("no", "yes"), held_out=apart, **options))
+    return PerClass(tuple(found), tuple(classes))
 
 
 def fit_neighbours(
@@ -220,8 +256,9 @@ def fit_neighbours(
     per_group: int = 50,
     seed: int = 0,
     scale: Scale | None = None,
+    held_out: Samples3 | None = None,
 ) -> Neighbours:
-    """Nearest neighbours; arguments as for :func:`fit_linear`."""
+    """Nearest neighbours; arguments as for :func:`fit_linear`. Nothing is chosen, so what is ``held_out`` is not looked at."""
     keep = _usable(x, label, group, len(classes), per_group, seed)
     scale = scale or Scale.of(x[keep])
     weight = sample_weights(label[keep], group[keep], weighting)
@@ -233,14 +270,16 @@ def fit_ridge(
     target: Tensor,
     group: Tensor,
     *,
+    classes: Sequence[str] = (),
     strengths: Sequence[float] = STRENGTHS,
     per_group: int = 50,
     folds: int = 5,
     seed: int = 0,
     scale: Scale | None = None,
+    held_out: Samples3 | None = None,
 ) -> Ridge:
     """Ridge regression of ``target`` [n] or [n, target]: mean squared error + strength |weight|^2, groups counting the same;
-    the strength with the least error on left-out groups is chosen."""
+    the strength with the least error on left-out groups, or on what is ``held_out`` (x, target, group), is chosen. ``classes`` may name the target."""
     target = target.reshape(len(target), -1).float()
     keep = subsample(group, per_group, torch.Generator().manual_seed(seed))
     keep = keep[torch.isfinite(x[keep]).all(1) & torch.isfinite(target[keep]).all(1)]
@@ -251,12 +290,18 @@ def fit_ridge(
     x, one = scale(x), torch.zeros(len(x), dtype=torch.int64)
     weight, fold = sample_weights(one, group, "group"), _folds(one, group, folds, seed)
     errors = torch.zeros(len(strengths), dtype=torch.float64)
-    for f in fold[fold >= 0].unique():
+    for f in fold[fold >= 0].unique() if held_out is None else ():
         out = fold == f
         for i, strength in enumerate(strengths):
             w, b = _ridge(x[~out], target[~out], weight[~out], strength)
             errors[i] += (weight[out, None] * (x[out] @ w + b - target[out]) ** 2).sum()
-    best = strengths[int(errors.argmin())] if (fold >= 0).any() else strengths[len(strengths) // 2]
+    if held_out is not None:
+        seen, truth = scale(held_out[0].float()), held_out[1].reshape(len(held_out[1]), -1).float()
+        for i, strength in enumerate(strengths):
+            w, b = _ridge(x, target, weight, strength)
+            errors[i] = ((seen @ w + b - truth) ** 2).nansum()
+    known = held_out is not None or bool((fold >= 0).any())
+    best = strengths[int(errors.argmin())] if known else strengths[len(strengths) // 2]
     return Ridge(scale, *_ridge(x, target, weight, best), best)
 
 
@@ -297,6 +342,17 @@ def _cross_validate(
         for i, strength in enumerate(strengths):
             start = _solve(x[~out], label[~out], weight, strength, classes, start)
             logits[i][out] = x[out] @ start[0] + start[1]
+    return logits
+
+
+def _held_out(
+    x: Tensor, label: Tensor, group: Tensor, other: Tensor, strengths: Sequence[float], weighting: str, classes: int
+) -> list[Tensor]:
+    """Logits of other samples from a fit to these, one tensor per strength, the strongest first."""
+    logits, start, weight = [], None, sample_weights(label, group, weighting)
+    for strength in strengths:
+        start = _solve(x, label, weight, strength, classes, start)
+        logits.append(other @ start[0] + start[1])
     return logits
 
 

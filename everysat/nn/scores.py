@@ -1,7 +1,8 @@
-"""Scores of classifications from confusion matrices, each with its full definition, and how far confidence can be trusted.
+"""Scores, each with its full definition, from counts that can be added up over groups; and how far confidence can be trusted.
 
-Confusion matrices are float [..., class, class]: rows are labels, columns predictions. The leading axes are whatever is
-scored side by side (draws, bootstrap replicates).
+Three kinds of targets, each with its counts, float64: ``classes`` (one of several) has confusion matrices [..., class, class], rows are labels,
+columns predictions; ``labels`` (several at once) has [..., class, 3], hits, labels and predictions of each class; ``values`` has the sums
+[..., 5] of :func:`moments`. The leading axes are whatever is scored side by side (draws, bootstrap replicates).
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SCORES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
-"""Definition and function by name."""
+Function = Callable[[Tensor], Tensor]
+SCORES: dict[str, tuple[str, Function]] = {}
+"""Definition and function by name, of one class of several."""
+LABEL_SCORES: dict[str, tuple[str, Function]] = {}
+"""The same where several classes may be there at once."""
+VALUE_SCORES: dict[str, tuple[str, Function]] = {}
+"""The same of numbers."""
+KINDS = {"classes": SCORES, "labels": LABEL_SCORES, "values": VALUE_SCORES}
 
 
-def _score(definition: str) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
-    def keep(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        SCORES[function.__name__] = (definition, function)
+def _score(definition: str, scores: dict[str, tuple[str, Function]] = SCORES) -> Callable[[Function], Function]:
+    def keep(function: Function) -> Function:
+        scores[function.__name__.removeprefix("label_")] = (definition, function)
         return function
 
     return keep
@@ -85,6 +92,72 @@ def kappa(confusion: Tensor) -> Tensor:
     n = confusion.sum((-2, -1))
     chance = (labels * predictions).sum(-1) / n**2
     return (hits.sum(-1) / n - chance) / (1 - chance)
+
+
+def label_counts(label: Tensor, predicted: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Hits, labels and predictions [groups, class, 3] of ``label`` and ``predicted``, bool [n, class]."""
+    each = torch.stack([label & predicted, label, predicted], -1).double()
+    return each.new_zeros(groups, *each.shape[1:]).index_add(0, group, each)
+
+
+def _f1(counts: Tensor) -> Tensor:
+    hits, labels, predictions = counts.unbind(-1)
+    return torch.where(labels + predictions > 0, 2 * hits / (labels + predictions).clamp(min=1), 0.0)
+
+
+@_score(
+    "F1 over all (place, class) decisions of a draw together, predicted where the probability is above 0.5",
+    LABEL_SCORES,
+)
+def label_micro_f1(counts: Tensor) -> Tensor:
+    return _f1(counts.sum(-2))
+
+
+@_score(
+    "F1 per class over all test places of a draw at probability above 0.5, unweighted mean over the classes that occur among the test labels",
+    LABEL_SCORES,
+)
+def label_macro_f1(counts: Tensor) -> Tensor:
+    there = counts[..., 1] > 0
+    return torch.where(there, _f1(counts), 0.0).sum(-1) / there.sum(-1)
+
+
+@_score("F1 per class at probability above 0.5, mean weighted by the number of test labels of the class", LABEL_SCORES)
+def label_weighted_f1(counts: Tensor) -> Tensor:
+    labels = counts[..., 1]
+    return (_f1(counts) * labels).sum(-1) / labels.sum(-1)
+
+
+def moments(truth: Tensor, predicted: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Per group the number of samples, the sums of ``truth`` and of its square, of the squared and of the absolute error: [groups, 5]."""
+    truth, error = truth.double(), predicted.double() - truth.double()
+    each = torch.stack([torch.ones_like(truth), truth, truth**2, error**2, error.abs()], -1)
+    return each.new_zeros(groups, 5).index_add(0, group, each)
+
+
+@_score(
+    "1 - sum of squared errors / sum of squared deviations of the test labels from their mean, over all test samples of a draw",
+    VALUE_SCORES,
+)
+def r2(counts: Tensor) -> Tensor:
+    n, total, squares, errors, _ = counts.unbind(-1)
+    return 1 - errors / (squares - total**2 / n)
+
+
+@_score(
+    "square root of the mean squared error over all test samples of a draw, in the unit of the label; less is better",
+    VALUE_SCORES,
+)
+def rmse(counts: Tensor) -> Tensor:
+    return (counts[..., 3] / counts[..., 0]).sqrt()
+
+
+@_score("mean absolute error over all test samples of a draw, in the unit of the label; less is better", VALUE_SCORES)
+def mae(counts: Tensor) -> Tensor:
+    return counts[..., 4] / counts[..., 0]
+
+
+LESS_IS_BETTER = {"rmse", "mae"}
 
 
 def fit_temperature(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> float:

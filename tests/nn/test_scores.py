@@ -7,11 +7,15 @@ import torch
 from sklearn import metrics as sk
 
 from everysat.nn.scores import (
+    LABEL_SCORES,
     SCORES,
+    VALUE_SCORES,
     calibration_error,
     confusion_matrix,
     fit_temperature,
     iou_per_class,
+    label_counts,
+    moments,
     reliability,
     risk_coverage,
 )
@@ -88,3 +92,32 @@ def test_risk_falls_with_coverage_when_confidence_is_right():
     worse = risk_coverage(torch.tensor([0.1, 0.2, 0.3, 0.9]), correct)[2]
     assert area == pytest.approx(0.0625)
     assert worse > area
+
+
+def test_scores_of_several_labels_equal_scikit_learn(generator):
+    label, guess = (torch.rand(300, 4, generator=generator) < 0.4 for _ in range(2))
+    label[:, 3] = False  # never a label, and out of the mean
+    group = torch.randint(9, (300,), generator=generator)
+    counts = label_counts(label, guess, group, 9).sum(0)
+    expected = {
+        "micro_f1": sk.f1_score(label, guess, average="micro"),
+        "macro_f1": sk.f1_score(label[:, :3], guess[:, :3], average="macro"),
+        "weighted_f1": sk.f1_score(label, guess, average="weighted", zero_division=0),
+    }
+    assert set(expected) == set(LABEL_SCORES)
+    for name, value in expected.items():
+        assert float(LABEL_SCORES[name][1](counts)) == pytest.approx(value), name
+
+
+def test_scores_of_values_equal_scikit_learn_and_add_up_over_groups(generator):
+    truth = torch.randn(200, generator=generator) * 30 + 100
+    guess = truth + torch.randn(200, generator=generator) * 10
+    sums = moments(truth, guess, torch.randint(5, (200,), generator=generator), 5)
+    expected = {
+        "r2": sk.r2_score(truth, guess),
+        "rmse": sk.root_mean_squared_error(truth, guess),
+        "mae": sk.mean_absolute_error(truth, guess),
+    }
+    assert set(expected) == set(VALUE_SCORES)
+    for name, value in expected.items():
+        assert float(VALUE_SCORES[name][1](sums.sum(0))) == pytest.approx(value, rel=1e-5), name
