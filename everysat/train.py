@@ -171,8 +171,8 @@ class _Training:
                     record.note(broken_places=self._broken())
             if self.average is not None:
                 self.average.swap()
-            if self.leads and lora.adapted(self.encoder):
-                lora.save(self.encoder, self.folder / "lora.safetensors")
+            if self.leads and lora.adapted(exported := self.objective.exported(self.encoder)):
+                lora.save(exported, self.folder / "lora.safetensors")
             lora.merge(self.trainee)
             if record is not None:
                 self._save_weights()
@@ -329,8 +329,7 @@ class _Training:
         with self.fabric.autocast():
             terms = self.objective(self.encoder, batch, generator(self.recipe.seed, number, "validation"))
             if metrics:
-                features = self.encoder(self.encoder.tokenize(batch.without(task.target)))
-                pairs = task.pairs(task.predict(features, batch), batch)
+                pairs = task.pairs(task.predict(task.features(self.encoder, batch), batch), batch)
                 for metric in metrics.values():
                     metric.update(*pairs)
         return terms

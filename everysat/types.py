@@ -574,6 +574,10 @@ class Task(Objective):
     sensor: Sensor
     config: dict[str, Any]
 
+    def features(self, encoder: Encoder, batch: Batch) -> Features:
+        """What :meth:`predict` is given: the encoder's features of the batch, without the target."""
+        return encoder(encoder.tokenize(batch.without(self.target)))
+
     @abstractmethod
     def predict(self, features: Features, batch: Batch | None = None) -> Raster:
         """The target layer as predicted from features: class probabilities or values per pixel or per place.

@@ -146,8 +146,11 @@ class Tasked:
     def probabilistic(self) -> bool:
         return self.task.sensor.kind == "classes"
 
+    @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        features = self.encoder.embed(batch)
+        was_training, device = self.encoder.training, next(self.encoder.parameters()).device
+        features = self.task.features(self.encoder.eval(), batch.to(device))
+        self.encoder.train(was_training)
         if len(features.coords) == 0:
             return torch.full((len(batch), len(self.names), *grid_shape(batch.places, self.gsd_m)), math.nan)
         predicted = self.task.predict(features, batch)

@@ -58,8 +58,10 @@ class Classify(Task):
         )
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        features = encoder(encoder.tokenize(batch.without(self.target)))
-        logits, seen = self.head(features, batch)
+        return self.supervised(*self.head(self.features(encoder, batch), batch), batch)
+
+    def supervised(self, logits: Tensor, seen: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss of ``logits`` [row, class, y, x] that are ``seen`` [row, y, x] against the labels of the batch."""
         chosen, truth = self._labelled(logits, seen, batch)
         weight = {} if self.weight is None else {"weight": self.weight}
         return {"loss": self.loss(chosen, truth, **weight), "labelled": chosen.new_tensor(float(len(truth)))}
@@ -128,7 +130,7 @@ def build(
         classes: names by code, or names alone, whose codes are 0, 1, 2, ...
         target: name of the layer that holds the labels.
         multilabel: several classes at once; probabilities are then independent.
-        head: ``linear``, ``norm`` (LayerNorm + linear) or ``mlp``.
+        head: ``linear``, ``norm`` (LayerNorm + linear), ``mlp``, or for pixels ``upernet`` (:class:`everysat.nn.heads.UperNet`).
         loss: ``ce``, ``focal``, ``dice``, ``ce+dice``; for several classes ``bce``. Default ``ce`` or ``bce``.
         weight: per class, for the loss. smoothing: of the labels. loss_options: ``gamma``, ``share``, ``eps``.
         gsd_m, token_size_m: pixel of the target and side of the encoder's tokens, metres; needed for ``pixel``.

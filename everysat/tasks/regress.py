@@ -42,8 +42,7 @@ class Regress(Task):
         self.loss = loss(config["loss"], **config["loss_options"])
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        features = encoder(encoder.tokenize(batch.without(self.target)))
-        values, seen = self.head(features, batch)
+        values, seen = self.head(self.features(encoder, batch), batch)
         predicted, truth, band = self._labelled(values, seen, batch)
         return {
             "loss": self.loss(predicted, (truth - self.mean[band]) / self.std[band]),
