@@ -1,14 +1,16 @@
-"""Features without learned weights, to hold learned ones against: bands, image statistics, random convolutions.
+"""Features without learned weights, to hold learned ones against: bands, image statistics, random convolutions, tables of series.
 
-Each is a callable from a batch to features of every pixel of ``gsd_m``, float [row, dim, y, x]; NaN where nothing was observed
-in any of its layers. Where some bands are missing, they are filled with the mean of what was observed of the band.
+:class:`Bands`, :class:`Statistics` and :class:`RandomConvolutions` go from a batch to features of every pixel of ``gsd_m``, float
+[row, dim, y, x]; NaN where nothing was observed in any of its layers. Where some bands are missing, they are filled with the mean of what was
+observed of the band. :class:`PlaceStatistics`, :class:`Series` and :class:`Pooled` give one vector of each place, [row, dim], NaN for what was not
+observed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,6 +129,93 @@ class RandomConvolutions:
         dy, dx = torch.arange(self.side)[:, None], torch.arange(self.side)[None]
         row, y, x0 = (picked[:, i, None, None] for i in range(3))
         return x.movedim(1, -1)[row, y + dy, x0 + dx].permute(0, 3, 1, 2).flatten(1)
+
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class PlaceStatistics:
+    """Mean, standard deviation and the quantiles 10, 50 and 90 % of each band over all valid pixels and dates of a place."""
+
+    layers: tuple[str, ...] = ()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return torch.stack(
+            [torch.cat([_moments(one) for one in _layers(batch, self.layers, row)]) for row in range(len(batch))]
+        )
+
+
+@dataclass(frozen=True)
+class Series:
+    """The table that series are usually classified from: the mean over a place of each band in each of ``steps`` equal parts of
+    the time that its layers span, and sine and cosine of the day of the year in the middle. Undated layers give a mean. With
+    ``position``, also longitude and latitude: places near training places are then known again, which flatters."""
+
+    steps: int = 12
+    layers: tuple[str, ...] = ()
+    position: bool = False
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return torch.stack([self._place(batch, row) for row in range(len(batch))])
+
+    def _place(self, batch: Batch, row: int) -> Tensor:
+        layers = list(_layers(batch, self.layers, row))
+        dated = [one.time_s for one in layers if len(one.time_s) and torch.isfinite(one.time_s).all()]
+        start, end = (float(f(torch.cat(dated))) for f in (torch.min, torch.max)) if dated else (0.0, 1.0)
+        parts = [self._table(one, start, end) for one in layers]
+        if dated:
+            angle = torch.tensor((start + end) / 2 / 86400 / 365.25 * 2 * torch.pi, dtype=torch.float64)
+            parts.append(torch.stack([angle.sin(), angle.cos()]).float())
+        if self.position:
+            parts.append(torch.tensor(batch.places[row].lonlat or (torch.nan, torch.nan)))
+        return torch.cat(parts)
+
+    def _table(self, one: Raster, start: float, end: float) -> Tensor:
+        steps = self.steps if torch.isfinite(one.time_s).all() else 1
+        middle = one.time_s.mean(1) if steps > 1 else torch.zeros(len(one.row))
+        step = ((middle - start) / (end - start) * steps).long().clamp(0, steps - 1)
+        seen = one.valid.sum((2, 3)).float()
+        total = torch.where(one.valid, one.values, 0.0).sum((2, 3))
+        sums = [part.new_zeros(steps, part.shape[1]).index_add(0, step, part) for part in (total, seen)]
+        return torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), torch.nan).flatten()
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The mean over each place of features of pixels."""
+
+    pixels: Callable[[Batch], Tensor]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.pixels(batch).flatten(2).nanmean(2)
+
+
+def _layers(batch: Batch, wanted: tuple[str, ...], row: int) -> Iterator[Raster]:
+    """The raster layers of one place of a batch, by name."""
+    for name in wanted or sorted(n for n, layer in batch.layers.items() if isinstance(layer, Raster)):
+        whole = batch.raster(name)
+        keep = whole.row == row
+        yield replace(
+            whole,
+            values=whole.values[keep],
+            valid=whole.valid[keep],
+            time_s=whole.time_s[keep],
+            row=whole.row[keep],
+            var=None,
+        )
+
+
+def _moments(one: Raster) -> Tensor:
+    """Of each band in turn the numbers of :class:`PlaceStatistics`."""
+    found = torch.full((one.values.shape[1], 2 + len(QUANTILES)), torch.nan)
+    for band in range(len(found)):
+        seen = one.values[:, band][one.valid[:, band]]
+        if len(seen):
+            found[band] = torch.cat(
+                [seen.mean()[None], seen.std(correction=0)[None], seen.quantile(torch.tensor(QUANTILES))]
+            )
+    return found.flatten()
 
 
 def reinitialised(encoder: Encoder, generator: torch.Generator) -> Encoder:

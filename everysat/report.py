@@ -226,6 +226,24 @@ def curves_figure(
     return fig
 
 
+def intervals_figure(rows: Mapping[str, Mapping[str, Any]], *, x: str) -> Any:
+    """Scores (``mean``, ``low``, ``high``) of each row as dots with bars, a colour for each inner name."""
+    plt = _pyplot()
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    fig, axis = plt.subplots(figsize=(8.4, 0.8 + 0.26 * len(rows)), layout="constrained")
+    for index, name in enumerate(names):
+        there = [(at, row[name]) for at, row in enumerate(rows.values()) if name in row]
+        means = np.array([score.mean for _, score in there])
+        bars = np.array([[score.mean - score.low, score.high - score.mean] for _, score in there]).T.clip(min=0)
+        at = [-row + 0.16 * (index - (len(names) - 1) / 2) for row, _ in there]
+        colour = LINE_COLOURS[index % len(LINE_COLOURS)]
+        axis.errorbar(means, at, xerr=bars, fmt="o", markersize=4, capsize=2, elinewidth=1.1, color=colour, label=name)
+    axis.set_yticks([-i for i in range(len(rows))], list(rows), fontsize=8.5)
+    axis.set_xlabel(x)
+    axis.legend(frameon=False, fontsize=8.5)
+    return fig
+
+
 def matrix_figure(matrix: Any, classes: Sequence[str]) -> Any:
     """A confusion matrix [label, prediction] as shares of each label's samples."""
     plt = _pyplot()

@@ -17,10 +17,13 @@ LAYERS = (
     ("io", "nn"),
     ("data", "models", "objectives", "tasks", "baselines"),
     ("recipe", "manifest", "checkpoint", "logbook"),
+    ("suite",),
     ("optimizer", "trainee"),
     ("train", "predict", "evaluate", "store", "report", "hub"),
     ("polygons",),
-    ("demo",),
+    ("features",),
+    ("bench",),
+    ("tables", "demo"),
     ("cli", "serve"),
 )
 """From the bottom to the top. Parts of one layer do not import each other; files of one part may."""

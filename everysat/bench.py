@@ -1,0 +1,416 @@
+"""Runs a suite: features once, every label fraction on the same draws for all models, cell by cell, and writes tables and a report.
+
+Order of every score: a draw is a fold of the dataset with a random choice of its training labels; the score is computed over all test samples of a
+draw, then averaged over draws. Intervals resample test places, alike for all models, so that differences are paired.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from everysat import baselines
+from everysat.data.batches import Subset, in_order
+from everysat.data.catalogue import dataset
+from everysat.data.split import label_fraction
+from everysat.evaluate import Draw, Evaluation, Samples, evaluate
+from everysat.features import Cache, Labelled, Part, extract, state_hash
+from everysat.find import suggest
+from everysat.manifest import environment
+from everysat.nn.draws import key, stream
+from everysat.progress import Progress
+from everysat.recipe import Recipe, RecipeError
+from everysat.suite import Cell, Contender, Data, Suite, amount
+from everysat.train import train
+from everysat.trainee import build_encoder
+from everysat.types import Batch, Encoder, Task
+
+PARTS = ("train", "val", "test")
+STRIDE = 10_000_000
+"""Numbers of places begin anew at multiples of it in each part of each fold."""
+PLACE = {"statistics": baselines.PlaceStatistics, "series": baselines.Series}
+PIXEL = {"bands": baselines.Bands, "statistics": baselines.Statistics, "convolutions": baselines.RandomConvolutions}
+PROBE: dict[str, Any] = {"strengths": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+"""The linear classifier: penalties of which one is chosen on validation places, else on training places left out."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell: an evaluation per label fraction, and what it took. ``seconds``: of features (or fine-tuning), and of fitting."""
+
+    cell: Cell
+    evaluations: Mapping[str, Evaluation]
+    facts: Mapping[str, Any]
+
+
+class Fold:
+    """One split of a dataset: its parts, and what is labelled in them."""
+
+    def __init__(self, data: Data, number: int, shown: tuple[str, ...] = ()) -> None:
+        options = dict(data.options)
+        if data.folds[number] is not None:
+            options[data.fold_option] = data.folds[number]
+        self.parts = {
+            part: Part(dataset(data.name, **options, **{data.part_option: name}), data.target, shown, data.per_place)
+            for part, name in data.parts.items()
+        }
+        self.offset = number * len(PARTS) * STRIDE
+
+    @cached_property
+    def labelled(self) -> dict[str, Labelled]:
+        return {name: part.labelled() for name, part in self.parts.items()}
+
+    def group(self, part: str) -> Tensor:
+        """Number of the place of each sample, unique over parts and folds."""
+        return self.labelled[part].place + self.offset + PARTS.index(part) * STRIDE
+
+    def draw(self, labels: str, seed: int) -> Draw:
+        """Places that train, test and choose: the same share (or number) of labels of each class for training and choosing."""
+        chosen = {name: self._chosen(name, labels, seed) for name in self.parts if name != "test"}
+        test = self.group("test").unique().tolist()
+        return (chosen["train"], test, chosen["val"]) if "val" in chosen else (chosen["train"], test)
+
+    def _chosen(self, part: str, labels: str, seed: int) -> list[int]:
+        share, shots = amount(labels)
+        places, first = np.unique(self.group(part).numpy(), return_index=True)
+        label, rng = self.labelled[part].label, stream(seed, self.offset, part, "labels")
+        one_a_place = len(places) == len(label) and label.ndim == 1 and not label.is_floating_point()
+        strata = label.numpy()[first] if one_a_place else np.zeros(len(places), dtype=int)
+        if not shots:
+            return places[label_fraction(strata, share, rng)].tolist()
+        if not one_a_place:
+            raise RecipeError(f"labels={labels!r} needs one class a place; say a share such as 10%")
+        taken = [rng.permutation(np.flatnonzero(strata == c))[:shots] for c in np.unique(strata)]
+        return places[np.sort(np.concatenate(taken))].tolist()
+
+
+def run(suite: Suite, *, only: str = "", jobs: int = 1, restart: bool = False, quiet: bool = False) -> list[Result]:
+    """All cells of a suite whose name contains ``only``. Cells that are done are read from ``suite.folder``; one that fails is written down with
+    its error and does not stop the others.
+
+    Args:
+        jobs: processes that share the cells. restart: compute everything anew.
+    """
+    every = [cell for cell in suite.cells() if only in str(cell)]
+    if not every:
+        raise LookupError(f"only={only!r} matches no cell. {suggest(only, [str(cell) for cell in suite.cells()])}")
+    found: dict[Cell, Result] = {}
+    with Progress(f"Suite {suite.name}", len(every), quiet=quiet) as bar:
+        waiting = []
+        for cell in every:
+            done = None if restart else read(suite, cell)
+            if done is None:
+                waiting.append(cell)
+            else:
+                found[cell] = done
+                bar.advance(note=f"{cell} (kept)")
+        if jobs > 1:
+            with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+                for cell, result in zip(waiting, pool.map(_one, [suite] * len(waiting), waiting), strict=True):
+                    found[cell] = result
+                    bar.advance(note=str(cell))
+        else:
+            folds: dict[tuple[str, str], list[Fold]] = {}
+            for cell in waiting:
+                found[cell] = _one(suite, cell, folds)
+                bar.advance(note=str(cell))
+    return [found[cell] for cell in every]
+
+
+def _one(suite: Suite, cell: Cell, folds: dict[tuple[str, str], list[Fold]] | None = None) -> Result:
+    data = suite.datasets[cell.dataset]
+    folds = {} if folds is None else folds
+    where = cell.dataset, cell.modalities
+    start = time.perf_counter()
+    try:
+        if where not in folds:
+            folds[where] = [Fold(data, i, tuple(data.modalities[cell.modalities])) for i in range(len(data.folds))]
+        result = _computed(suite, cell, folds[where])
+    except Exception as error:  # a cell that cannot be is a result, and the message says why
+        facts = {"error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - start}
+        result = Result(cell, {}, facts)
+    write(suite, result)
+    return result
+
+
+def _computed(suite: Suite, cell: Cell, folds: list[Fold]) -> Result:
+    data, row = suite.datasets[cell.dataset], suite.models[cell.model]
+    trained, fitted = [0.0], [0.0]
+    models = [_model(suite, cell, fold, number, trained) for number, fold in enumerate(folds)]
+    if cell.how == "finetune":
+        samples = _samples(folds, None)
+    else:
+        cache = Cache(suite.folder / "features")
+        xs = [_features(data, row, cell, fold, model, cache) for fold, model in zip(folds, models, strict=True)]
+        samples = _samples(folds, [x for fold, _ in xs for x in fold])
+        trained[0] += sum(seconds for _, seconds in xs)
+    evaluations = {}
+    for labels in data.labels:
+        draws = [fold.draw(labels, seed) for fold in folds for seed in range(suite.seeds)]
+        start = time.perf_counter()
+        if cell.how == "finetune":
+            how = _finetuning(suite, cell, folds, samples, draws)
+            evaluations[labels] = evaluate(samples, [draw[:2] for draw in draws], how)
+        else:
+            options = PROBE if cell.how == "probe" else {}
+            evaluations[labels] = evaluate(samples, draws, cell.how, **options)
+        fitted[0] += time.perf_counter() - start
+    encoder = models[0] if isinstance(models[0], Encoder) else None
+    facts = {
+        "parameters": sum(p.numel() for p in encoder.parameters()) if encoder else 0,
+        "dim": samples.x.shape[1],
+        "seconds_features": trained[0],
+        "seconds_fitting": fitted[0],
+        "samples": {name: sum(len(fold.labelled[name]) for fold in folds) for name in data.parts},
+        "places": {name: sum(len(fold.parts[name]) for fold in folds) for name in data.parts},
+    }
+    return Result(cell, evaluations, facts)
+
+
+# --- models and features ---------------------------------------------------------------------------------------------
+
+
+def _model(suite: Suite, cell: Cell, fold: Fold, number: int, seconds: list[float]) -> Any:
+    """The baseline or encoder of a row; one that is pre-trained has seen the training places of this fold, without their labels."""
+    row, data = suite.models[cell.model], suite.datasets[cell.dataset]
+    if row.baseline:
+        return _baseline(row, data, fold)
+    assert row.model is not None
+    seen = Shown(fold.parts["train"])
+    recipe = {"name": "bench", "model": row.model.model_dump(), "data": [{"name": data.name}], "steps": 1}
+    if row.pretrain is None:
+        torch.manual_seed(key(number, "weights"))
+        made = Recipe.parse({**recipe, "objective": {"name": "none"}}, where=f"models.{cell.model}")
+        return build_encoder(made, [seen]).eval()
+    start = time.perf_counter()
+    out = (
+        suite.folder
+        / "pretrained"
+        / f"{cell.dataset}-{cell.model}-{cell.modalities}-{number}".replace(" ", "_").replace("/", "_")
+    )
+    whole = Recipe.parse(
+        {**recipe, **row.pretrain, "name": "pretrain", "out": str(out)}, where=f"models.{cell.model}.pretrain"
+    )
+    encoder = train(whole, data=[seen], quiet=True).encoder.eval()
+    seconds[0] += time.perf_counter() - start
+    return encoder
+
+
+class Shown:
+    """The places of a part with the layers that a model may see."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.part.shown(self.part.dataset[index])
+
+    def fingerprint(self) -> str:
+        return f"{self.part.fingerprint()} {','.join(self.part.layers)}"
+
+
+def _baseline(row: Contender, data: Data, fold: Fold) -> Callable[[Batch], Tensor]:
+    """A callable for the level of the data; random convolutions are drawn from training places."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in row.options.items()}
+    if data.level == "place" and row.baseline in PLACE:
+        return PLACE[row.baseline](**options)
+    if row.baseline not in PIXEL:
+        raise LookupError(
+            f"baseline={row.baseline!r} is unknown for {data.level}s. {suggest(row.baseline, {**PLACE, **PIXEL})}"
+        )
+    gsd_m = options.pop("gsd_m", None) or fold.labelled["train"].gsd_m
+    made = PIXEL[row.baseline](gsd_m=gsd_m, **options)
+    if isinstance(made, baselines.RandomConvolutions):
+        shown = Shown(fold.parts["train"])
+        some = [shown[i] for i in np.linspace(0, len(shown) - 1, min(64, len(shown))).astype(int)]
+        made = made.fit(Batch.cat(some), torch.Generator().manual_seed(0))
+    return baselines.Pooled(made) if data.level == "place" else made
+
+
+def _features(
+    data: Data, row: Contender, cell: Cell, fold: Fold, model: Any, cache: Cache
+) -> tuple[list[Tensor], float]:
+    """Of all parts of a fold; what was not observed has the mean of the training places."""
+    says = (
+        state_hash(model)
+        if isinstance(model, Encoder)
+        else [row.baseline, row.options, fold.parts["train"].fingerprint()]
+    )
+    found, seconds = [], 0.0
+    for name in data.parts:
+        part, labelled = fold.parts[name], fold.labelled[name]
+        facts = [says, part.fingerprint(), part.layers, part.target, part.per_place, part.seed, data.level]
+        extracted = cache.get(facts, partial(extract, model, part, labelled, data.level))
+        found.append(extracted.x)
+        seconds += extracted.seconds
+    mean = found[0].double().nanmean(0).nan_to_num(0.0).float()
+    return [torch.where(torch.isfinite(x), x, mean) for x in found], seconds
+
+
+def _samples(folds: list[Fold], xs: list[Tensor] | None) -> Samples:
+    each = [(fold.labelled[name], fold.group(name)) for fold in folds for name in fold.parts]
+    label = torch.cat([labelled.label for labelled, _ in each])
+    x = torch.zeros(len(label), 1) if xs is None else torch.cat(xs)
+    return Samples(x, label, torch.cat([group for _, group in each]), each[0][0].classes)
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def _finetuning(
+    suite: Suite, cell: Cell, folds: list[Fold], samples: Samples, draws: list[Draw]
+) -> Callable[[Draw], Tensor]:
+    """Trains encoder and head on the places of a draw, and predicts its test samples. The last step counts: nothing is chosen on a test."""
+    data, row = suite.datasets[cell.dataset], suite.models[cell.model]
+    assert row.model is not None
+    numbers = iter(range(len(draws)))
+
+    def how(draw: Draw) -> Tensor:
+        number = next(numbers)
+        fold = folds[number // suite.seeds]
+        indices = [group - fold.offset for group in draw[0]]
+        name = f"{cell.file}-{len(indices)}-{number}"
+        tree = {
+            **suite.finetune,
+            **row.finetune,
+            "name": "finetune",
+            "model": row.model.model_dump(),  # type: ignore[union-attr]
+            "data": [{"name": data.name}],
+            "task": _task(data, samples, fold.labelled["train"], row),
+            "seed": number % suite.seeds,
+            "checkpoint_every": 0,
+            "out": str(suite.folder / "runs" / name),
+        }
+        run = train(
+            Recipe.parse(tree, where=f"models.{cell.model}.finetune"),
+            data=[Subset(Kept(fold.parts["train"]), indices)],
+            quiet=True,
+        )
+        return _predicted(run.encoder, run.objective, fold.parts["test"], fold.labelled["test"], samples.kind)  # type: ignore[arg-type]
+
+    return how
+
+
+class Kept(Shown):
+    """The same with their labels."""
+
+    def __getitem__(self, index: int) -> Batch:
+        place = self.part.dataset[index]
+        return place.only(*self.part.layers, self.part.target) if self.part.layers else place
+
+
+def _task(data: Data, samples: Samples, labelled: Labelled, row: Contender) -> dict[str, Any]:
+    options: dict[str, Any] = {"target": data.target}
+    if samples.kind == "values":
+        layer = labelled.classes
+        raise RecipeError(f"fine-tuning of values ({', '.join(layer)}) is not offered in suites; use probe or forest")
+    options |= {"classes": list(samples.classes), "multilabel": samples.kind == "labels"}
+    if data.level == "pixel":
+        options |= {"gsd_m": labelled.gsd_m}
+    return {"name": f"classify/{data.level}", "options": {**options, **row.finetune.get("task", {}).get("options", {})}}
+
+
+@torch.no_grad()
+def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kind: str) -> Tensor:
+    """Probabilities of labelled samples, in their order."""
+    encoder, task = encoder.eval(), task.eval()
+    images = []
+    for batch in in_order(Shown(part), 16):
+        raster = task.predict(encoder.embed(batch), batch)
+        images += list(torch.where(raster.valid, raster.values, 1.0 / raster.values.shape[1]))
+    at = labelled.at
+    return torch.stack([images[p][:, y, x] for p, (y, x) in zip(labelled.place.tolist(), at.tolist(), strict=True)])
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def _asked(suite: Suite, cell: Cell) -> dict[str, Any]:
+    """All that the result of a cell depends on."""
+    row, data = suite.models[cell.model], suite.datasets[cell.dataset]
+    asked: dict[str, Any] = {
+        "cell": [cell.dataset, cell.model, cell.modalities, cell.how],
+        "data": data.model_dump(mode="json", exclude={"published", "about", "score", "modalities"}),
+        "shown": data.modalities[cell.modalities],
+        "row": row.model_dump(mode="json", exclude={"note", "how", "only", "datasets"}),
+        "seeds": suite.seeds,
+    }
+    return asked | ({"finetune": suite.finetune} if cell.how == "finetune" else {})
+
+
+def write(suite: Suite, result: Result) -> None:
+    """``cells/<cell>.json`` with scores, settings and machine, and the counts of each draw beside it."""
+    folder = suite.folder / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    path, tensors = folder / result.cell.file, {}
+    for labels, one in result.evaluations.items():
+        for field in ("counts", "groups", "confidence", "correct"):
+            for number, value in enumerate(getattr(one, field)):
+                tensors[f"{labels} {field} {number}"] = value.contiguous()
+    told = {
+        "asked": _asked(suite, result.cell),
+        "facts": dict(result.facts),
+        "scores": {
+            labels: {n: _plain(one.score(n)) for n in _scores(suite, result.cell, one)}
+            for labels, one in result.evaluations.items()
+        },
+        "kind": next((one.kind for one in result.evaluations.values()), ""),
+        "classes": next((list(one.classes) for one in result.evaluations.values()), []),
+        "environment": environment(),
+    }
+    if tensors:
+        save_file(tensors, path.with_name(f".{path.name}.part"))
+        path.with_name(f".{path.name}.part").replace(f"{path}.safetensors")
+    beside = path.with_name(f".{path.name}.json.part")
+    beside.write_text(json.dumps(told, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    beside.replace(f"{path}.json")
+
+
+def read(suite: Suite, cell: Cell) -> Result | None:
+    """A cell that was computed before with the same settings; None where there is none, or where it failed."""
+    path = suite.folder / "cells" / cell.file
+    try:
+        told = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if json.dumps(told["asked"]) != json.dumps(_asked(suite, cell), default=str) or "error" in told["facts"]:
+        return None
+    found: dict[str, Evaluation] = {}
+    with safe_open(f"{path}.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        for labels in told["scores"]:
+            one = found.setdefault(labels, Evaluation(tuple(told["classes"]), told["kind"]))
+            for field in ("counts", "groups", "confidence", "correct"):
+                number = 0
+                while f"{labels} {field} {number}" in names:
+                    getattr(one, field).append(file.get_tensor(f"{labels} {field} {number}"))
+                    number += 1
+    return Result(cell, found, told["facts"])
+
+
+def _scores(suite: Suite, cell: Cell, one: Evaluation) -> list[str]:
+    from everysat.nn.scores import KINDS
+
+    return [name for name in suite.datasets[cell.dataset].score if name in KINDS[one.kind]]
+
+
+def _plain(score: Any) -> dict[str, Any]:
+    return {
+        name: getattr(score, name) for name in ("mean", "std", "low", "high", "draws", "groups", "values", "definition")
+    }

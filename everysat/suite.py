@@ -1,0 +1,207 @@
+"""A comparison on one page: datasets, models, label fractions, modality subsets. Read from YAML, checked before any work begins."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from everysat.find import suggest
+from everysat.recipe import Model, Named, RecipeError, _explain, _Loader, _Part, _set
+
+SHIPPED = Path(__file__).parent / "suites"
+HOW = ("probe", "knn", "forest", "finetune")
+ALL = "100%"
+
+
+class Data(Named):
+    """A dataset of a suite.
+
+    Attributes:
+        level: labels of a ``place`` or of a ``pixel``. target: the layer that holds them.
+        parts: which value of the option ``part_option`` gives the places that train, on which settings are chosen, and that test. Without ``val``,
+            settings are chosen on groups left out of training.
+        folds: values of the option ``fold_option``, each a split of its own; all are tested. None: one split.
+        per_place: pixels of a place that are used at most.
+        modalities: layers that are shown, by title; empty for all.
+        labels: which labels train: ``10%`` of each class, ``5/class``. score: the first is what models are compared by.
+        gsd_m: of a dense output. published: figures from papers, ``{model, score, value, source}``, printed beside ours.
+        about: what it is, and how it is split, in a sentence or two.
+    """
+
+    level: Literal["place", "pixel"] = "place"
+    target: str = "label"
+    parts: dict[Literal["train", "val", "test"], str] = {"train": "train", "val": "val", "test": "test"}
+    part_option: str = "split"
+    folds: list[Any] = [None]
+    fold_option: str = "fold"
+    per_place: int = Field(default=100, ge=1)
+    modalities: dict[str, list[str]] = {"all": []}
+    labels: list[str] = [ALL]
+    score: list[str] = ["macro_f1", "accuracy"]
+    published: list[dict[str, Any]] = []
+    about: str = ""
+
+    @field_validator("labels")
+    @classmethod
+    def _readable(cls, labels: list[str]) -> list[str]:
+        for label in labels:
+            amount(label)
+        return labels
+
+    @model_validator(mode="after")
+    def _has_parts(self) -> Data:
+        if not {"train", "test"} <= set(self.parts):
+            raise ValueError(f"parts={self.parts} must have train and test")
+        return self
+
+
+class Contender(_Part):
+    """A row of the table: a ``baseline`` (see :mod:`everysat.baselines`) with ``options``, or a ``model``.
+
+    Attributes:
+        pretrain: a recipe's fields (objective, steps, ...) by which the model first learns from the training places, without their labels.
+        finetune: a recipe's fields for ``how: finetune``. how: in place of the suite's.
+        only: titles of modality subsets, and ``datasets`` on which the row stands, all by default. note: what a reader should know, such as that the weights may have seen related data.
+    """
+
+    baseline: str = ""
+    options: dict[str, Any] = {}
+    model: Model | None = None
+    pretrain: dict[str, Any] | None = None
+    finetune: dict[str, Any] = {}
+    how: list[Literal["probe", "knn", "forest", "finetune"]] = []
+    only: list[str] = []
+    datasets: list[str] = []
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Contender:
+        if bool(self.baseline) == (self.model is not None):
+            raise ValueError("give either a baseline or a model")
+        if self.baseline and (self.pretrain or self.finetune or "finetune" in self.how):
+            raise ValueError("a baseline has nothing to train")
+        return self
+
+
+class Suite(_Part):
+    """See the fields.
+
+    Attributes:
+        name: the default of ``out`` is ``runs/bench/<name>``. title, about: for the report.
+        datasets, models: by title. how: what is put on frozen features, or ``finetune``.
+        seeds: draws of labels (and of random initialisations) per fold. steps, lr, batch_size: defaults of fine-tuning.
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[\w.\-]+$")
+    title: str = ""
+    about: str = ""
+    datasets: dict[str, Data] = Field(min_length=1)
+    models: dict[str, Contender] = Field(min_length=1)
+    how: list[Literal["probe", "knn", "forest", "finetune"]] = ["probe"]
+    seeds: int = Field(default=5, ge=1)
+    finetune: dict[str, Any] = {"steps": 200, "batch_size": 16, "lr": 1e-3}
+    out: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/bench/{self.name}")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Suite:
+        """A suite from a YAML file (or the name of one that comes with the package), with ``a.b=c`` overrides. ``$NAME`` in texts is replaced by
+        the variable of the environment.
+
+        Raises:
+            RecipeError: the message names each wrong entry. FileNotFoundError: no such file or name.
+        """
+        file = Path(path)
+        if not file.is_file():
+            known = [f.stem for f in SHIPPED.glob("*.yaml")]
+            if str(path) not in known:
+                raise FileNotFoundError(f"no suite file {path}. {suggest(str(path), known)}")
+            file = SHIPPED / f"{path}.yaml"
+        try:
+            tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{file} is not valid YAML: {error}") from error
+        return cls.parse(tree, overrides, where=str(file))
+
+    @classmethod
+    def parse(cls, tree: Any, overrides: Iterable[str] = (), *, where: str = "suite") -> Suite:
+        """A suite from a dict as YAML would give it."""
+        for override in overrides:
+            tree = _set(tree, override)
+        try:
+            return cls.model_validate(_expanded(tree, where))
+        except ValidationError as error:
+            lines = "\n".join(f"  {_explain(cls, e)}" for e in error.errors(include_url=False))
+            raise RecipeError(f"{where} cannot be used:\n{lines}") from error
+
+    def cells(self) -> Iterator[Cell]:
+        """Every combination that stands in the table."""
+        for title, data in self.datasets.items():
+            for name, row in self.models.items():
+                if row.datasets and title not in row.datasets:
+                    continue
+                for shown in data.modalities:
+                    if row.only and shown not in row.only:
+                        continue
+                    for how in row.how or self.how:
+                        if not (how == "finetune" and row.baseline):
+                            yield Cell(title, name, shown, how)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One dataset, model, modality subset and way to evaluate; it holds all label fractions, folds and seeds."""
+
+    dataset: str
+    model: str
+    modalities: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset} / {self.model} / {self.modalities} / {self.how}"
+
+    @property
+    def file(self) -> str:
+        return re.sub(r"[^\w.,+-]+", "_", "__".join((self.dataset, self.model, self.modalities, self.how)))
+
+
+def amount(labels: str) -> tuple[float, int]:
+    """``10%`` -> (0.1, 0), ``5/class`` -> (0, 5).
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    share, shots = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", labels), re.fullmatch(r"(\d+)\s*/\s*class", labels)
+    if share and 0 < float(share[1]) <= 100:
+        return float(share[1]) / 100, 0
+    if shots and int(shots[1]):
+        return 0.0, int(shots[1])
+    raise ValueError(f"labels={labels!r} must look like 10% or 5/class")
+
+
+def _expanded(tree: Any, where: str) -> Any:
+    """``$NAME`` and ``${NAME:-default}`` in every text."""
+    if isinstance(tree, dict):
+        return {key: _expanded(value, where) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_expanded(value, where) for value in tree]
+    if not isinstance(tree, str):
+        return tree
+
+    def value(found: re.Match[str]) -> str:
+        name, default = found["name"], found["default"]
+        if name not in os.environ and default is None:
+            raise RecipeError(f"{where}: set the variable {name} of the environment, which {tree!r} needs")
+        return os.environ.get(name, default or "")
+
+    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}", value, tree)

@@ -1,0 +1,217 @@
+"""Tables and the report of a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from everysat.bench import Result
+from everysat.evaluate import Evaluation, Score
+from everysat.nn.scores import KINDS, LESS_IS_BETTER
+from everysat.report import Report, curves_figure, intervals_figure, matrix_figure
+from everysat.suite import Cell, Data, Suite, amount
+from everysat.table import Table
+
+
+def tables(suite: Suite, results: Sequence[Result]) -> list[Table]:
+    """One table per dataset: a row a model, modality subset and way, a column a label fraction with mean and 95 % interval of the first score, and
+    what it cost. ``=`` marks what is not worse than the best of its modality subset: the interval of the paired difference holds 0."""
+    return [
+        _table(suite, title, data, [r for r in results if r.cell.dataset == title])
+        for title, data in suite.datasets.items()
+    ]
+
+
+def _table(suite: Suite, title: str, data: Data, results: list[Result]) -> Table:
+    best = _best(data, results)
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        row: dict[str, Any] = {"model": result.cell.model, "layers": result.cell.modalities, "how": result.cell.how}
+        for labels in data.labels:
+            one = result.evaluations.get(labels)
+            row[labels] = (
+                "" if one is None else _cell(one, best.get((result.cell.modalities, labels)), _first(data, one))
+            )
+        row["parameters"] = result.facts.get("parameters") or ""
+        row["features, s"] = _seconds(result.facts.get("seconds_features"))
+        row["fitting, s"] = _seconds(result.facts.get("seconds_fitting"))
+        if "error" in result.facts:
+            row["failed"] = result.facts["error"]
+        rows.append(row)
+    rows += [_published(entry, data) for entry in data.published]
+    return Table.of(f"{title}: {_score_name(data, results)}", rows, _notes(suite, data, results))
+
+
+def _cell(one: Evaluation, best: Evaluation | None, name: str) -> str:
+    score = one.score(name)
+    text = f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    if best is None or best is one:
+        return f"**{text}**"
+    return f"{text} =" if tied(one, best, name) else text
+
+
+def tied(one: Evaluation, best: Evaluation, name: str) -> bool:
+    """Whether the interval of the paired difference holds 0."""
+    less = one.less(best, name)
+    return less.low <= 0 <= less.high
+
+
+def _best(data: Data, results: Sequence[Result]) -> dict[tuple[str, str], Evaluation]:
+    """Of each modality subset and label fraction the evaluation with the best mean."""
+    found: dict[tuple[str, str], tuple[float, Evaluation]] = {}
+    for result in results:
+        for labels, one in result.evaluations.items():
+            name = _first(data, one)
+            value = one.score(name).mean * (-1 if name in LESS_IS_BETTER else 1)
+            where = result.cell.modalities, labels
+            if where not in found or value > found[where][0]:
+                found[where] = value, one
+    return {where: one for where, (_, one) in found.items()}
+
+
+def _first(data: Data, one: Evaluation) -> str:
+    known = [name for name in data.score if name in KINDS[one.kind]]
+    if not known:
+        raise LookupError(f"score={data.score} has none that fits {one.kind}; there are {', '.join(KINDS[one.kind])}")
+    return known[0]
+
+
+def _score_name(data: Data, results: Sequence[Result]) -> str:
+    return next((_first(data, one) for result in results for one in result.evaluations.values()), data.score[0])
+
+
+def _notes(suite: Suite, data: Data, results: Sequence[Result]) -> list[str]:
+    notes = [data.about] if data.about else []
+    one = next((one for result in results for one in result.evaluations.values()), None)
+    if one is not None:
+        score: Score = one.score(_first(data, one))
+        facts = next(result.facts for result in results if result.evaluations)
+        notes += [
+            f"{score.name}: {score.definition}.",
+            f"Mean over {score.draws} draws ({len(data.folds)} folds × {suite.seeds} draws of labels), [95 % interval] from resampling {score.groups} test "
+            f"places. Bold: best of its layers; =: the interval of the paired difference to it holds 0. Places (all folds together): {facts['places']}; "
+            f"labelled samples: {facts['samples']}.",
+        ]
+    shown = {result.cell.model for result in results}
+    return notes + [f"{name}: {row.note}" for name, row in suite.models.items() if row.note and name in shown]
+
+
+def _published(entry: dict[str, Any], data: Data) -> dict[str, Any]:
+    label = entry.get("labels", data.labels[-1])
+    return {
+        "model": f"{entry['model']} (published)",
+        "layers": entry.get("layers", ""),
+        "how": entry.get("source", ""),
+        label: f"{entry['value']:g}",
+    }
+
+
+def _seconds(value: Any) -> str:
+    return "" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def report(suite: Suite, results: Sequence[Result]) -> Report:
+    """Tables and pictures on one HTML page."""
+    page = Report(suite.title or suite.name, suite.about)
+    for table, (title, data) in zip(tables(suite, results), suite.datasets.items(), strict=True):
+        mine = [result for result in results if result.cell.dataset == title and result.evaluations]
+        page.add_heading(title)
+        page.add_table(table)
+        if not mine:
+            continue
+        rows = {_title(result.cell, data): _scores(data, result) for result in mine}
+        page.add_figure(
+            intervals_figure(rows, x=_score_name(data, mine)),
+            "Mean and 95 % interval, by share of labels.",
+            alt=f"Scores on {title}",
+        )
+        shares = [labels for labels in data.labels if amount(labels)[0]]
+        if len(shares) > 1:
+            lines = {name: _line(scores, shares) for name, scores in rows.items()}
+            page.add_figure(
+                curves_figure(lines, x="share of labels", y=_score_name(data, mine), log_x=True), "By share of labels."
+            )
+        _details(page, data, mine)
+    page.add_facts(
+        {"cells": len(results), "failed": sum("error" in r.facts for r in results), "folder": str(suite.folder)}
+    )
+    return page
+
+
+def _details(page: Report, data: Data, results: Sequence[Result]) -> None:
+    """Confusion and calibration of the best model on all layers and labels."""
+    for (modalities, labels), best in _best(data, results).items():
+        if modalities == next(iter(data.modalities)) and labels == data.labels[-1] and best.kind == "classes":
+            name = next(str(r.cell.model) for r in results if best in r.evaluations.values())
+            said, true, _ = best.calibration()["reliability"]
+            error = best.calibration()["error"]
+            page.add_figure(
+                matrix_figure(best.matrix().numpy(), best.classes), f"Best with {labels}: {name}.", wide=False
+            )
+            line = {"": (said.tolist(), true.tolist(), None)}
+            page.add_figure(
+                curves_figure(line, x="confidence", y="accuracy", diagonal=True),
+                f"Its calibration: expected calibration error {error:.3f}.",
+                wide=False,
+            )
+
+
+def _title(cell: Cell, data: Data) -> str:
+    parts = [cell.model, cell.how if cell.how != "probe" else "", cell.modalities if len(data.modalities) > 1 else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _scores(data: Data, result: Result) -> dict[str, Score]:
+    return {labels: one.score(_first(data, one)) for labels, one in result.evaluations.items()}
+
+
+def _line(scores: dict[str, Score], shares: Sequence[str]) -> tuple[list[float], list[float], list[float]]:
+    there = [labels for labels in shares if labels in scores]
+    return (
+        [amount(labels)[0] for labels in there],
+        [scores[labels].mean for labels in there],
+        [scores[labels].std for labels in there],
+    )
+
+
+def save(suite: Suite, results: Sequence[Result]) -> list[Path]:
+    """``table.md``, ``<dataset>.csv`` and ``report.html`` in the suite's folder."""
+    suite.folder.mkdir(parents=True, exist_ok=True)
+    made = tables(suite, results)
+    text = suite.folder / "table.md"
+    beside = text.with_name(".table.md.part")
+    beside.write_text("\n".join(table.markdown() for table in made), encoding="utf-8")
+    beside.replace(text)
+    rows = [
+        {
+            "dataset": r.cell.dataset,
+            "model": r.cell.model,
+            "layers": r.cell.modalities,
+            "how": r.cell.how,
+            "labels": labels,
+            "score": name,
+        }
+        | {k: getattr(one.score(name), k) for k in ("mean", "std", "low", "high", "draws", "groups")}
+        | {k: r.facts.get(k, "") for k in ("parameters", "dim", "seconds_features", "seconds_fitting")}
+        for r in results
+        for labels, one in r.evaluations.items()
+        for name in suite.datasets[r.cell.dataset].score
+        if name in KINDS[one.kind]
+    ]
+    rows += [
+        {
+            "dataset": r.cell.dataset,
+            "model": r.cell.model,
+            "layers": r.cell.modalities,
+            "how": r.cell.how,
+            "error": r.facts["error"],
+        }
+        for r in results
+        if "error" in r.facts
+    ]
+    return [
+        text,
+        Table.of(suite.name, rows).save(suite.folder / "scores.csv"),
+        report(suite, results).save(suite.folder / "report.html"),
+    ]
