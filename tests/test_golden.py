@@ -18,6 +18,7 @@ import pytest
 import torch
 from golden_anysat import CHECKS as ANYSAT
 from golden_atomizer import CHECKS as ATOMIZER
+from golden_dofa import CHECKS as DOFA
 from golden_fixture import Fixture, close
 from golden_ramen import CHECKS as RAMEN
 from golden_utae import CHECKS as UTAE
@@ -241,6 +242,7 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "omnisat.heads_losses": check_omnisat_heads_losses,
     **ANYSAT,
     **ATOMIZER,
+    **DOFA,
     **RAMEN,
     **UTAE,
 }

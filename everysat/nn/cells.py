@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from everysat.nn.inputs import InputConfig
-from everysat.types import ALWAYS, ContractError, Coords, Features, Tokens
+from everysat.types import ALWAYS, ContractError, Coords, Features, Place, Tokens
 
 
 def refuse_without_statistics(name: str, modality: InputConfig) -> None:
@@ -39,3 +39,29 @@ def joined(found: Sequence[tuple[Tensor, Coords]], tokens: Tokens, dim: int) -> 
     total = mean.new_zeros(rows, dim).index_add(0, coords.row, mean)
     count = torch.bincount(coords.row, minlength=rows).clamp(min=1)[:, None]
     return Features(mean, coords, total / count.to(mean.dtype), tokens.places)
+
+
+def side_by_layer(
+    x: Tensor, coords: Coords, pooled: Tensor, row: Tensor, group: Tensor, places: tuple[Place, ...], layers: int
+) -> Features:
+    """Features of images that were encoded one by one: means over the images of a layer, layers beside each other.
+
+    Args:
+        x: [token, dim] at ``coords``, whose ``group`` is the number of the layer, below ``layers``.
+        pooled: [image, dim], of images of place ``row`` and layer ``group``, int64 [image].
+
+    Returns:
+        One feature [dim x layers] per cell that any layer observed; zeros stand for a layer that has nothing there.
+    """
+    dim, rows = x.shape[1], len(places)
+    cells = coords.cells()
+    keys, where = torch.unique(torch.cat([coords.row[:, None], cells], 1), dim=0, return_inverse=True)
+    mean = _mean_by(x, where * layers + coords.group, len(keys) * layers).view(len(keys), layers * dim)
+    summary = _mean_by(pooled, row * layers + group, rows * layers).view(rows, layers * dim)
+    size_m = float(coords.size_m[0]) if len(coords) else 1.0
+    return Features(mean, cells_at(keys[:, 0], keys[:, 1], keys[:, 2], size_m, 0), summary, places)
+
+
+def _mean_by(x: Tensor, index: Tensor, count: int) -> Tensor:
+    total = x.new_zeros(count, x.shape[1]).index_add(0, index, x)
+    return total / torch.bincount(index, minlength=count).clamp(min=1)[:, None].to(x.dtype)
