@@ -58,7 +58,8 @@ class Classify(Task):
         )
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.supervised(*self.head(self.features(encoder, batch), batch), batch)
+        logits, seen = self.head(self.features(encoder, batch), batch)
+        return self.supervised(logits, seen, batch)
 
     def supervised(self, logits: Tensor, seen: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The loss of ``logits`` [row, class, y, x] that are ``seen`` [row, y, x] against the labels of the batch."""
