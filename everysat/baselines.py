@@ -142,7 +142,7 @@ class PlaceStatistics:
 
     def __call__(self, batch: Batch) -> Tensor:
         return torch.stack(
-            [torch.cat([_moments(one) for one in _layers(batch, self.layers, row)]) for row in range(len(batch))]
+            [torch.cat([_moments(one) for _, one in _layers(batch, self.layers, row)]) for row in range(len(batch))]
         )
 
 
@@ -161,9 +161,10 @@ class Series:
 
     def _place(self, batch: Batch, row: int) -> Tensor:
         layers = list(_layers(batch, self.layers, row))
-        dated = [one.time_s for one in layers if len(one.time_s) and torch.isfinite(one.time_s).all()]
-        start, end = (float(f(torch.cat(dated))) for f in (torch.min, torch.max)) if dated else (0.0, 1.0)
-        parts = [self._table(one, start, end) for one in layers]
+        dated = {name for name, _ in layers if torch.isfinite(batch.raster(name).time_s).all()}
+        times = torch.cat([one.time_s for name, one in layers if name in dated] or [torch.zeros(0, 2)])
+        start, end = (float(times.min()), float(times.max())) if len(times) else (torch.nan, torch.nan)
+        parts = [self._table(one, self.steps if name in dated else 1, start, end) for name, one in layers]
         if dated:
             angle = torch.tensor((start + end) / 2 / 86400 / 365.25 * 2 * torch.pi, dtype=torch.float64)
             parts.append(torch.stack([angle.sin(), angle.cos()]).float())
@@ -171,10 +172,11 @@ class Series:
             parts.append(torch.tensor(batch.places[row].lonlat or (torch.nan, torch.nan)))
         return torch.cat(parts)
 
-    def _table(self, one: Raster, start: float, end: float) -> Tensor:
-        steps = self.steps if torch.isfinite(one.time_s).all() else 1
+    @staticmethod
+    def _table(one: Raster, steps: int, start: float, end: float) -> Tensor:
         middle = one.time_s.mean(1) if steps > 1 else torch.zeros(len(one.row))
         step = ((middle - start) / (end - start) * steps).long().clamp(0, steps - 1)
+        step = step if steps > 1 else torch.zeros_like(step)
         seen = one.valid.sum((2, 3)).float()
         total = torch.where(one.valid, one.values, 0.0).sum((2, 3))
         sums = [part.new_zeros(steps, part.shape[1]).index_add(0, step, part) for part in (total, seen)]
@@ -191,18 +193,21 @@ class Pooled:
         return self.pixels(batch).flatten(2).nanmean(2)
 
 
-def _layers(batch: Batch, wanted: tuple[str, ...], row: int) -> Iterator[Raster]:
+def _layers(batch: Batch, wanted: tuple[str, ...], row: int) -> Iterator[tuple[str, Raster]]:
     """The raster layers of one place of a batch, by name."""
     for name in wanted or sorted(n for n, layer in batch.layers.items() if isinstance(layer, Raster)):
         whole = batch.raster(name)
         keep = whole.row == row
-        yield replace(
-            whole,
-            values=whole.values[keep],
-            valid=whole.valid[keep],
-            time_s=whole.time_s[keep],
-            row=whole.row[keep],
-            var=None,
+        yield (
+            name,
+            replace(
+                whole,
+                values=whole.values[keep],
+                valid=whole.valid[keep],
+                time_s=whole.time_s[keep],
+                row=whole.row[keep],
+                var=None,
+            ),
         )
 
 

@@ -146,17 +146,31 @@ class Evaluation:
         return known[name]
 
     def _replicates(self, function: Callable[[Tensor], Tensor], seed: int) -> Tensor:
-        """Mean score over draws in each bootstrap replicate; a group has the same weight in all draws of a replicate."""
+        """Mean score over draws in each bootstrap replicate; a group has the same weight in all draws of a replicate. Groups are resampled among
+        those of the same draws and the same (most frequent) label: a replicate that lacked a rare class would score too well."""
         every = torch.cat(self.groups).unique()
+        strata = self._strata(every)
         generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(every), (REPLICATES, len(every)), generator=generator)
         counts = torch.zeros(REPLICATES, len(every), dtype=torch.float64)
-        counts.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
+        for stratum in strata.unique():
+            mine = (strata == stratum).nonzero()[:, 0]
+            picks = mine[torch.randint(len(mine), (REPLICATES, len(mine)), generator=generator)]
+            counts.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
         scores = []
         for each, groups in zip(self.counts, self.groups, strict=True):
-            mine = counts[:, torch.searchsorted(every, groups)]
-            scores.append(function((mine @ each.flatten(1)).view(REPLICATES, *each.shape[1:])))
+            weight = counts[:, torch.searchsorted(every, groups)]
+            scores.append(function((weight @ each.flatten(1)).view(REPLICATES, *each.shape[1:])))
         return torch.stack(scores).nanmean(0)
+
+    def _strata(self, every: Tensor) -> Tensor:
+        """Which groups may stand for each other, int64 [group]."""
+        told = torch.zeros(len(every), len(self.groups) + 1, dtype=torch.int64)
+        for number, (each, groups) in enumerate(zip(self.counts, self.groups, strict=True)):
+            where = torch.searchsorted(every, groups)
+            told[where, number] = 1
+            if self.kind == "classes":
+                told[where, -1] = each.sum(2).argmax(1)
+        return told.unique(dim=0, return_inverse=True)[1]
 
     def matrix(self) -> Tensor:
         """Confusion matrix over all draws, float64 [class, class]."""

@@ -222,7 +222,8 @@ def curves_figure(
         axis.minorticks_off()
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    axis.legend(frameon=False, fontsize=9)
+    if any(series):
+        axis.legend(frameon=False, fontsize=9)
     return fig
 
 

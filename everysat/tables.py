@@ -143,7 +143,7 @@ def _details(page: Report, data: Data, results: Sequence[Result]) -> None:
     """Confusion and calibration of the best model on all layers and labels."""
     for (modalities, labels), best in _best(data, results).items():
         if modalities == next(iter(data.modalities)) and labels == data.labels[-1] and best.kind == "classes":
-            name = next(str(r.cell.model) for r in results if best in r.evaluations.values())
+            name = next(str(r.cell.model) for r in results if any(best is one for one in r.evaluations.values()))
             said, true, _ = best.calibration()["reliability"]
             error = best.calibration()["error"]
             page.add_figure(
