@@ -19,7 +19,6 @@ Source of facts: github.com/zhu-xlab/DOFA (MIT), weights CC-BY-4.0.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -32,13 +31,11 @@ from torch import Tensor, nn
 
 from everysat.find import suggest
 from everysat.nn.attention import Block
-from everysat.nn.cells import cells_at, side_by_layer
+from everysat.nn.images import Embedded, embedded, encoded, resampled, together
 from everysat.nn.inputs import AnyInput
 from everysat.nn.position import grid_sinusoid, sine_cosine
-from everysat.nn.ragged import side_by_side
-from everysat.nn.resample import axis_weights, resample_valid
 from everysat.nn.spectral import AnySensor
-from everysat.types import Batch, ContractError, Coords, Features, Input, Place, Raster, Tokens
+from everysat.types import Batch, ContractError, Features, Input, Place, Raster, Tokens
 
 Quirk = Literal["scrambled_kernels"]
 """``scrambled_kernels``: kernels are read in another order than they were written in, so that they mix bands and channels: the first
@@ -46,7 +43,6 @@ published weights (up to May 2024) were trained so; those that replaced them und
 
 GRID = 14
 """Patches along the images that the position table was made for: 224 pixels."""
-IMAGES_AT_ONCE = 32
 
 
 class Modality(AnyInput):
@@ -206,58 +202,33 @@ class Dofa(AnySensor):
     # --- from pixels to tokens -----------------------------------------------------------------------------------------
 
     def tokenize(self, batch: Batch) -> Tokens:
-        """One token per observation and patch with any valid pixel, position included. ``memo["image"]`` int64 [token] says of
-        which observation, ``memo["row"]`` and ``memo["group"]`` of which place and layer that is."""
+        """One token per observation and patch with any valid pixel, position included; ``memo`` as in
+        :func:`everysat.nn.images.together`."""
         batch = self.known(batch)
         groups = tuple(name for name in dict.fromkeys([*self.inputs, *batch.layers]) if name in batch.layers)
-        device = self.class_token.device
-        nowhere = torch.zeros(0, dtype=torch.long, device=device)
-        parts = [
-            (self.class_token.new_zeros(0, self.settings.dim), cells_at(nowhere, nowhere, nowhere, 1.0, 0), nowhere)
-        ]
-        image_row, image_group = [nowhere], [nowhere]
-        count = 0
+        parts, layers = [], []
         for group, name in enumerate(groups):
             raster, wanted = self.contracted(name, batch.raster(name))
-            waves = torch.tensor(self.wavelengths(name, raster), device=device)
+            waves = torch.tensor(self.wavelengths(name, raster), device=self.class_token.device)
             for alike, bands in _alike(raster, batch.places):
-                x, coords, image = self._embedded(raster.obs(alike), wanted, bands, waves[bands], batch.places, group)
-                parts.append((x, coords, image + count))
-                image_row.append(raster.row[alike])
-                image_group.append(torch.full_like(raster.row[alike], group))
-                count += len(alike)
-        coords = Coords.cat([c for _, c, _ in parts])
-        memo = {
-            "image": torch.cat([i for *_, i in parts]),
-            "row": torch.cat(image_row),
-            "group": torch.cat(image_group),
-        }
-        return Tokens(torch.cat([x for x, *_ in parts]), coords, groups, batch.places, memo)
+                part = raster.obs(alike)
+                place = batch.places[int(part.row[0])]
+                parts.append(self._embedded(part, wanted, bands, waves[bands], place, group))
+                layers.append(group)
+        return together(parts, layers, groups, batch.places, self.class_token.new_zeros(0, self.settings.dim))
 
     def _embedded(
-        self, raster: Raster, wanted: Input, bands: Tensor, waves: Tensor, places: tuple[Place, ...], group: int
-    ) -> tuple[Tensor, Coords, Tensor]:
-        """Tokens of observations of places of one size that have these bands, their coordinates, and whose they are."""
+        self, raster: Raster, wanted: Input, bands: Tensor, waves: Tensor, place: Place, group: int
+    ) -> Embedded:
+        """Tokens of observations, of places of the size of ``place``, that have these bands."""
         k, patch_m = self.settings.patch, self.settings.patch_m
-        place = places[int(raster.row[0])]
-        values, valid, pixel_m = wanted.normalise(raster)[:, bands], raster.valid[:, bands], patch_m / k
-        size = [math.ceil(m / pixel_m - 1e-4) for m in (place.height_m, place.width_m)]
-        own = [math.ceil(m / raster.gsd_m - 1e-4) for m in (place.height_m, place.width_m)]
-        inside = (..., slice(own[0]), slice(own[1]))
-        values, valid = values[inside], valid[inside]
-        ratio = raster.gsd_m / pixel_m
-        if abs(ratio - 1) > 1e-3 or list(values.shape[2:]) != size:
-            weights = [axis_weights(n, m, ratio, True) for n, m in zip(values.shape[2:], size, strict=True)]
-            values, valid = resample_valid(values, valid, *weights)
-        pad = (0, -size[1] % k, 0, -size[0] % k)
-        values, seen = F.pad(values, pad), F.pad(valid.any(1), pad)
+        values, valid = wanted.normalise(raster)[:, bands], raster.valid[:, bands]
+        values, seen = resampled(values, valid, raster.gsd_m, place, patch_m / k, k)
         weight, bias = self.kernels(waves, scrambled="scrambled_kernels" in self.settings.quirks)
         # One pixel of padding on each side, as published: patches begin a pixel before their cell.
-        x = F.conv2d(values, weight, bias, stride=k, padding=1).permute(0, 2, 3, 1)
+        x = F.conv2d(values, weight, bias, stride=k, padding=1)
         there = F.max_pool2d(seen[:, None].to(values.dtype), k, padding=1)[:, 0] > 0
-        image, y, at = torch.nonzero(there, as_tuple=True)
-        x = (x + self._positions(x.shape[1], x.shape[2]))[there]
-        return x, cells_at(raster.row[image], y, at, patch_m, group), image
+        return embedded(x, there, self._positions(*x.shape[2:]), raster, patch_m, group)
 
     def _positions(self, height: int, width: int) -> Tensor:
         """The position table [y, x, dim] for images of that many patches, interpolated where it was made for others."""
@@ -266,42 +237,10 @@ class Dofa(AnySensor):
             table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
         return rearrange(table, "1 d h w -> h w d")
 
-    # --- from tokens to features ---------------------------------------------------------------------------------------
-
     def forward(self, tokens: Tokens) -> Features:
         """One feature per place and patch, layers beside each other, and the same of the whole place as summary."""
-        image, row, group = (tokens.memo[name] for name in ("image", "row", "group"))
-        if len(image) != len(tokens):
-            raise ValueError(f"{len(tokens)} of {len(image)} tokens came: those of DOFA cannot be picked from")
-        z, keep, slot = side_by_side(tokens.x, image, len(row))
         first = self.class_token + self.position[:, :1]
-        z = torch.cat([first.expand(len(row), -1, -1).to(z.dtype), z], 1)
-        keep = F.pad(keep, (1, 0), value=True)
-        step = max(1, len(row)) if torch.is_grad_enabled() else IMAGES_AT_ONCE
-        parts = [self._encoded(a, b) for a, b in zip(z.split(step), keep.split(step), strict=True)]
-        z = torch.cat(parts) if len(row) else z
-        x = z[:, 1:].flatten(0, 1)[slot]
-        if self.settings.summary == "class":
-            pooled = z[:, 0]
-        else:
-            patches = keep[:, 1:].sum(1).clamp(min=1)[:, None]
-            pooled = x.new_zeros(len(row), x.shape[1]).index_add(0, image, x) / patches
-        layers = self._layers(tokens.groups)
-        coords = tokens.coords
-        coords = Coords(coords.row, coords.at_m, coords.size_m, coords.time_s, layers[coords.group])
-        count = max(1, len(self.inputs))
-        return side_by_layer(self.norm(x), coords, self.norm(pooled), row, layers[group], tokens.places, count)
-
-    def _layers(self, groups: tuple[str, ...]) -> Tensor:
-        """Number of each layer of a batch among those of the contract."""
-        order = {name: number for number, name in enumerate(self.inputs)}
-        return torch.tensor([order[name] for name in groups], dtype=torch.long, device=self.class_token.device)
-
-    def _encoded(self, z: Tensor, keep: Tensor) -> Tensor:
-        there = None if keep.all() else keep
-        for block in self.blocks:
-            z = block(z, None, there)
-        return z
+        return encoded(tokens, first, self.blocks, self.norm, self.settings.summary, self.inputs)
 
 
 def _alike(raster: Raster, places: tuple[Place, ...]) -> list[tuple[Tensor, Tensor]]:
