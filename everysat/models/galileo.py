@@ -284,7 +284,8 @@ def _all(like: Tensor, group: int) -> Tensor:
 @lru_cache(maxsize=KERNEL)
 def _resampling(patch: int) -> Tensor:
     """Matrix [patch^2, KERNEL^2] from weights for patches of :data:`KERNEL` pixels to those for ``patch`` pixels: the pseudo-inverse of the
-    resizing of images between the two, so that products with resized images stay the same (Beyer et al. 2023, equation 4)."""
+    resizing of images, so that products with resized images stay as they were, as far as these can show them (Beyer et al. 2023, equation
+    4). What these cannot show is lost, so features of patches of different sizes differ, also over even ground."""
     basis = torch.eye(KERNEL**2).view(-1, 1, KERNEL, KERNEL)
     resized = F.interpolate(basis, (patch, patch), mode="bicubic", antialias=True)
     return torch.linalg.pinv(resized.flatten(1))
