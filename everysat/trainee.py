@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from everysat.data.batches import Dataset, Joined, Subset
 from everysat.data.statistics import Summary, band_statistics, spread, summarise
 from everysat.find import find
 from everysat.models import weights
-from everysat.nn.spectral import listing
+from everysat.nn.inputs import described
+from everysat.nn.spectral import LABEL, listing
 from everysat.recipe import Recipe, RecipeError, check_options
 from everysat.types import Batch, Encoder, Input, Objective, Raster
 
@@ -59,7 +60,10 @@ def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
     module, variant = find("models", model.name)
     if model.weights is None:
         check_options(module.build, model.options, f"model {model.name}")
-        encoder: Encoder = module.build(variant, **model.options)
+        options = model.options
+        if options.get("modalities") == "data":
+            options = {**options, "modalities": _modalities(model.name, module, options, data)}
+        encoder: Encoder = module.build(variant, **options)
     else:
         encoder = weights.load(Path(model.weights), **model.options)
         if find("models", encoder.family)[0] is not module:
@@ -79,7 +83,7 @@ def with_statistics(encoder: Encoder, datasets: Sequence[Dataset]) -> Encoder:
     each = max(1, 1000 // len(datasets))
     some = [Subset(d, spread(len(d), each)) for d in datasets]
     if encoder.any_sensor and not encoder.inputs:
-        return _rebuilt(encoder, {**config, "modalities": _found_in(some)})
+        return _rebuilt(encoder, {**config, "modalities": _found_in(datasets)})
     if not isinstance(modalities, dict) or not set(encoder.inputs) <= set(modalities):
         raise RecipeError(
             f"model.statistics=data: the config of {encoder.family} lists no modalities; give means in options"
@@ -96,21 +100,39 @@ def _rebuilt(encoder: Encoder, config: dict[str, Any]) -> Encoder:
     return again
 
 
-def _found_in(datasets: Sequence[Dataset]) -> dict[str, Any]:
-    """Modalities of an encoder for any sensor: all layers of the data that it can read. A layer that datasets have of one sensor is listed
-    with the bands of all; one of another sensor is listed too, as ``name (sensor)``, for the moments of its bands."""
+def _modalities(name: str, module: Any, options: Mapping[str, Any], datasets: Sequence[Dataset]) -> dict[str, Any]:
+    """``modalities: data``: all layers of the data but those of classes, each as the model's ``layer`` says that it takes it."""
+    if not hasattr(module, "layer"):
+        raise RecipeError(f"model {name} cannot take modalities: data; list them")
+    told = {key: value for key, value in options.items() if key != "modalities"}
+    every = _contract(datasets).items()
+    found = {
+        n: {**described(i), **module.layer(i, **told)} for n, i in every if i.sensor.kind != "classes" and n != LABEL
+    }
+    if not found:
+        raise RecipeError(f"model {name}, modalities: data: the data have no layer to take")
+    return found
+
+
+def _contract(datasets: Sequence[Dataset]) -> dict[str, Input]:
+    """Layers of the data (1000 places, as many of each dataset). One that datasets have of one sensor has the bands of all; one of another
+    sensor is there too, as ``name (sensor)``."""
+    each = max(1, 1000 // len(datasets))
     summaries: dict[str, Summary] = {}
-    for name, s in (item for data in datasets for item in summarise(data).items()):
+    for name, s in (item for d in datasets for item in summarise(Subset(d, spread(len(d), each))).items()):
         before = summaries.get(name)
         if before is not None and before.sensor.name != s.sensor.name:
             name = f"{name} ({s.sensor.name})"
             before = summaries.get(name)
         summaries[name] = s if before is None else before.joined(s)
-    found = {}
-    for name, s in summaries.items():
-        mean, std = s.pool.moments(name, unseen=True)
-        entry = listing(name, Input(s.sensor, s.gsd_m, mean, std, dated=s.dated))
-        found.update({} if entry is None else {name: entry})
+    moments = {name: s.pool.moments(name, unseen=True) for name, s in summaries.items()}
+    return {name: Input(s.sensor, s.gsd_m, *moments[name], dated=s.dated) for name, s in summaries.items()}
+
+
+def _found_in(datasets: Sequence[Dataset]) -> dict[str, Any]:
+    """Modalities of an encoder for any sensor: all layers of the data that it can read."""
+    listed = {name: listing(name, wanted) for name, wanted in _contract(datasets).items()}
+    found = {name: entry for name, entry in listed.items() if entry is not None}
     if not found:
         raise RecipeError("model.statistics=data: no layer of the data has bands that a model for any sensor can read")
     return found

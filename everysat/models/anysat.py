@@ -32,7 +32,7 @@ from everysat.nn.inputs import InputConfig
 from everysat.nn.position import Grid, day_number, grid_sinusoid
 from everysat.nn.ragged import ordinal, side_by_side
 from everysat.nn.temporal import Ltae
-from everysat.types import ALWAYS, Batch, ContractError, Coords, Encoder, Features, Place, Raster, Tokens
+from everysat.types import ALWAYS, Batch, ContractError, Coords, Encoder, Features, Input, Place, Raster, Tokens
 
 Quirk = Literal["first_head_bias", "across_heads", "nested_subpatches", "padded", "placeless_context"]
 """``first_head_bias``: the relative bias of the first head is added to all heads. ``across_heads``: attention of the fusion
@@ -723,6 +723,18 @@ def build(variant: str = "base", **changes: Any) -> AnySat:
                 raise LookupError(f"anysat has no modality {name!r}. {suggest(name, MODALITIES)}")
         changes["modalities"] = {name: MODALITIES[name] for name in chosen}
     return from_config({**VARIANTS.get(variant, {}), **changes})
+
+
+def layer(wanted: Input, patch_m: float = 40.0, **_: Any) -> dict[str, Any]:
+    """How a layer of a dataset becomes sub-patches, for ``modalities: data``: series pixel by pixel, undated images by squares of pixels of
+    which a patch has at least two along each side."""
+    if wanted.dated:
+        return {"projector": "series"}
+    side = round(patch_m / wanted.gsd_m)
+    return {
+        "projector": "image",
+        "pixels": next(n for n in (10, 5, 4, 2, 1) if n == 1 or (side % n == 0 and side >= 2 * n)),
+    }
 
 
 def from_config(config: Mapping[str, Any]) -> AnySat:

@@ -30,7 +30,7 @@ from everysat.nn.inputs import InputConfig
 from everysat.nn.patch import PatchCnn, TexturePool
 from everysat.nn.position import Grid, day_number
 from everysat.nn.temporal import Ltae
-from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Raster, Tokens
+from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Input, Raster, Tokens
 
 Quirk = Literal["sequence_grid", "leaked_drop_path"]
 """``sequence_grid``: relative positions on one square grid laid over the whole sequence, whatever its tokens are (right for a
@@ -396,6 +396,12 @@ def build(variant: str = "treesat", **changes: Any) -> OmniSat:
     if variant and variant not in VARIANTS:
         raise LookupError(f"omnisat has no variant {variant!r}. {suggest(variant, VARIANTS)}")
     return from_config({**VARIANTS.get(variant, {}), **changes})
+
+
+def layer(wanted: Input, patch_m: float = 10.0, **_: Any) -> dict[str, Any]:
+    """How a layer of a dataset becomes tokens, for ``modalities: data``: series by their dates, undated images of many pixels a patch by a CNN."""
+    large = round(patch_m / wanted.gsd_m) >= 8
+    return {"projector": "series" if wanted.dated else "image" if large else "texture"}
 
 
 def from_config(config: Mapping[str, Any]) -> OmniSat:

@@ -40,6 +40,14 @@ class InputConfig(BaseModel):
         return None if self.origin is None else datetime.fromisoformat(self.origin).replace(tzinfo=UTC).timestamp()
 
 
+def described(wanted: Input) -> dict[str, Any]:
+    """The fields of an :class:`InputConfig` that say the same as an input contract."""
+    known = wanted.sensor.name in sensors.names()
+    sensor = wanted.sensor.name if known else {**sensors.to_table(wanted.sensor), "name": wanted.sensor.name}
+    facts = {"sensor": sensor, "gsd_m": wanted.gsd_m, "bands": list(wanted.sensor.names)}
+    return {**facts, "mean": list(wanted.mean), "std": list(wanted.std)}
+
+
 class AnyInput(InputConfig):
     """A layer that the contract of a model for any sensor lists. ``dated``: its observations have dates. Bands and pixel size may
     differ at a call."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from everysat import sensors
+from everysat.nn.inputs import described
 from everysat.nn.position import sine_cosine
 from everysat.sensors import Band, Sensor
 from everysat.types import Batch, ContractError, Encoder, Features, Input, Raster, extent
@@ -130,11 +130,8 @@ def listing(name: str, wanted: Input) -> dict[str, Any] | None:
     bands = [i for i, band in enumerate(wanted.sensor.bands) if physics(wanted.sensor, band)]
     if name == LABEL or not bands:
         return None
-    known = wanted.sensor.name in sensors.names()
-    sensor = wanted.sensor.name if known else {**sensors.to_table(wanted.sensor), "name": wanted.sensor.name}
-    facts = {"sensor": sensor, "gsd_m": wanted.gsd_m, "dated": wanted.dated}
-    per_band = {"bands": wanted.sensor.names, "mean": wanted.mean, "std": wanted.std}
-    return {**facts, **{key: [values[i] for i in bands] for key, values in per_band.items()}}
+    whole = {**described(wanted), "dated": wanted.dated}
+    return {**whole, **{key: [whole[key][i] for i in bands] for key in ("bands", "mean", "std")}}
 
 
 def _moments(name: str, sensor: Sensor, band: Band, inputs: Iterable[Input]) -> tuple[float, float]:
