@@ -76,6 +76,20 @@ def binary_cross_entropy(
     return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=_like(weight, logits))
 
 
+def heat_focal(logits: Tensor, heat: Tensor, *, alpha: float = 2.0, beta: float = 4.0) -> Tensor:
+    """Focal loss of a map with peaks of 1 (``heat`` [n, class], 0 to 1, same shape as ``logits``), summed, over the number of peaks.
+
+    Of p at a peak ``-(1 - p)^alpha log p``, elsewhere ``-(1 - heat)^beta p^alpha log(1 - p)``: a wrong answer near a peak costs less (Law
+    and Deng 2018, eq. 1; Zhou et al. 2019, eq. 1). Where there is no peak, over 1.
+    """
+    if heat.numel() == 0:
+        return logits.sum() * 0
+    p, peak = logits.sigmoid(), heat >= 1
+    at = (1 - p) ** alpha * F.logsigmoid(logits)
+    beside = (1 - heat) ** beta * p**alpha * F.logsigmoid(-logits)
+    return -torch.where(peak, at, beside).sum() / peak.sum().clamp(min=1)
+
+
 def mean_squared(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean of the squared error."""
     return F.mse_loss(predicted, target) if target.numel() else predicted.sum() * 0

@@ -144,7 +144,8 @@ class Tasked:
 
     @property
     def probabilistic(self) -> bool:
-        return self.task.sensor.kind == "classes"
+        bands = self.task.sensor.bands
+        return self.task.sensor.kind == "classes" and all(band.unit == "probability" for band in bands)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
