@@ -21,6 +21,7 @@ from golden_atomizer import CHECKS as ATOMIZER
 from golden_dofa import CHECKS as DOFA
 from golden_fixture import Fixture, close
 from golden_ramen import CHECKS as RAMEN
+from golden_scalemae import CHECKS as SCALEMAE
 from golden_utae import CHECKS as UTAE
 from torch import Tensor
 
@@ -244,5 +245,6 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     **ATOMIZER,
     **DOFA,
     **RAMEN,
+    **SCALEMAE,
     **UTAE,
 }
