@@ -295,6 +295,12 @@ def test_matching_is_the_best_of_all(n, m, match_m, seed):
     assert float(d.sum()) == pytest.approx(total)
 
 
+def test_two_matches_are_better_than_one_that_is_nearer():
+    found, real = torch.tensor([[0.0, 0], [9, 0]]), torch.tensor([[9.0, 0], [18, 0]])
+    assert [each.tolist() for each in matching(found, real, 9.5)] == [[0, 1], [0, 1]]
+    assert [each.tolist() for each in matching(found, real, 8.5)] == [[1], [0]]
+
+
 def test_metrics_by_hand():
     """Place 0: one right, one of the wrong class, one too far. Place 1: nothing, and nothing found. Place 2: two found for one."""
     nan = math.nan
