@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from everysat.nn.monthly import OPTICAL, RADAR, STEP_S
 from everysat.types import Batch, Place, Raster
 
 FOLDER = Path(__file__).parent / "golden"
-DAY_S = 86400.0
 
 
 def golden(name: str) -> dict[str, Tensor]:
@@ -65,9 +63,3 @@ def _place(io: dict[str, Tensor], number: int) -> Batch:
     }
     lon, lat = io["in.lonlat"][number].tolist()
     return Batch((Place(side, side, lonlat=(lon, lat)),), layers)
-
-
-def dates_of(raster: Raster, time_s: list[tuple[float, float]]) -> Raster:
-    """The first observation again at each of these times."""
-    again = raster.obs(torch.zeros(len(time_s), dtype=torch.int64))
-    return replace(again, time_s=torch.tensor(time_s, dtype=torch.float64))

@@ -7,8 +7,8 @@ those seen. ``patch_m`` may differ at each call: the weights of patches are resa
 
 Bands are scaled from two standard deviations below the mean to two above it onto 0 to 1, as in the training code. It was trained on
 top-of-atmosphere reflectance (Level-1C); surface reflectance is taken as well. Dynamic World, WorldCereal, TerraClimate, VIIRS and
-LandScan, which the published model also takes, are not read. A layer ``s2`` without a band of the contract is refused: where a
-dataset lacks B8A, say so with ``build(modalities={...})``, and the group that it belongs to is left out.
+LandScan, which the published model also takes, are not read. A layer ``s2`` without a band of the contract is refused: of data that
+lack B8A, say so by ``at(without=["B8A"])``, and the group that it belongs to is left out.
 """
 
 from __future__ import annotations
@@ -23,13 +23,24 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from everysat.find import suggest
 from everysat.nn.attention import Block
 from everysat.nn.location import cartesian, check
-from everysat.nn.monthly import CHANNELS, GROUPS, TERRAIN, WEATHER, WIDTHS, Monthly, Months, Role, contract, months
+from everysat.nn.monthly import (
+    CHANNELS,
+    GROUPS,
+    TERRAIN,
+    WEATHER,
+    WIDTHS,
+    MonthlyConfig,
+    Months,
+    Role,
+    contract,
+    months,
+)
 from everysat.nn.ragged import side_by_side
 from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Tokens
 
@@ -67,27 +78,21 @@ MODALITIES = contract(
 millimetres of a calendar month."""
 
 
-class Config(BaseModel):
-    """Layers and sizes of a :class:`Galileo`. ``patch_m``: side of a patch, 1 to 8 pixels; ``steps``: months that a place may be observed
-    over; ``cells``: patches along the squares of which maps of large places are made."""
+class Config(MonthlyConfig):
+    """Layers and sizes of a :class:`Galileo`. ``patch_m``: side of a patch, 1 to 8 pixels (10 m for places of one pixel); ``cells``:
+    patches along the squares of which maps of large places are made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    modalities: dict[str, Monthly]
-    gsd_m: float = 10.0
     patch_m: float = 20.0
     cells: PositiveInt = 6
     dim: int = 128
     depth: int = 4
     heads: int = 8
-    steps: int = 24
     drop_path: float = 0.1
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Config:
         if self.dim % 16 or self.dim % self.heads:
             raise ValueError(f"dim={self.dim} must be a multiple of 16 and of heads={self.heads}")
-        if other := [n for n, m in self.modalities.items() if m.gsd_m != self.gsd_m and m.role != "weather"]:
-            raise ValueError(f"gsd_m of modality {other[0]!r} must be that of the model, {self.gsd_m:g}")
         ratio = self.patch_m / self.gsd_m
         if abs(ratio - round(ratio)) > 1e-3 or not 1 <= round(ratio) <= KERNEL:
             raise ValueError(f"patch_m={self.patch_m:g} must be 1 to {KERNEL} times gsd_m={self.gsd_m:g}")
@@ -118,7 +123,6 @@ class Galileo(Encoder):
         super().__init__()
         self._take(config)
         dim = config.dim
-        self.inputs = {name: m.input(dated=m.role != "terrain") for name, m in config.modalities.items()}
         self.patches = nn.ModuleDict({name: nn.Conv2d(WIDTHS[name], dim, KERNEL) for name in (*CHANNELS, "SRTM")})
         self.weather, self.location = nn.Linear(WIDTHS["ERA5"], dim), nn.Linear(3, dim)
         self.channel = nn.Parameter(torch.zeros(len(GROUPS), dim // 4))
@@ -132,11 +136,11 @@ class Galileo(Encoder):
 
     def _take(self, config: Config) -> None:
         self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
-        self.dim = config.dim
+        self.dim, self.inputs = config.dim, config.inputs()
 
     def at(self, **changes: Any) -> Galileo:
-        """The same encoder, sharing its weights, with another ``patch_m`` or ``cells``."""
-        known = ("patch_m", "cells")
+        """The same encoder, sharing its weights, with another ``patch_m`` or ``cells``, or ``without`` some optical bands."""
+        known = ("patch_m", "cells", "without")
         for name in changes:
             if name not in known:
                 raise TypeError(f"{name} cannot be changed at a call. {suggest(name, known)}")
@@ -157,7 +161,7 @@ class Galileo(Encoder):
         """One token per patch, month and group of bands, per patch for its terrain, and per place and month for its weather."""
         grid, config = self.grid_of(batch), self.settings
         pixels = (grid[0] * config.patch, grid[1] * config.patch)
-        seen = months(batch, config.modalities, self.inputs, pixels, config.steps, "month")
+        seen = months(batch, config.layers, self.inputs, pixels, config.steps, "month")
         parts = [self._series(seen, name, group) for group, name in enumerate(GROUPS) if name in CHANNELS]
         parts += [self._terrain(seen), self._weather(seen, batch)]
         x, row, at_m, size_m, time_s, group = (torch.cat([part[i] for part in parts]) for i in range(6))

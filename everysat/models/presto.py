@@ -5,23 +5,24 @@ their mean is the feature. What is missing has no token. The published weights (
 neighbouring pixels do not see each other.
 
 It was trained on top-of-atmosphere reflectance (Level-1C); surface reflectance is taken as well. A layer ``s2`` without a band of the contract
-is refused: where a dataset lacks B8A, say so with ``build(modalities={...})``, and the group that it belongs to is left out.
+is refused: of data that lack B8A, say so by ``at(without=["B8A"])``, and the group that it belongs to is left out.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from everysat.find import suggest
 from everysat.nn.attention import Block
 from everysat.nn.location import cartesian, check
-from everysat.nn.monthly import CHANNELS, GROUPS, TERRAIN, WEATHER, WIDTHS, Monthly, Months, contract, months
+from everysat.nn.monthly import CHANNELS, GROUPS, TERRAIN, WEATHER, WIDTHS, MonthlyConfig, Months, contract, months
 from everysat.nn.position import sinusoid
 from everysat.nn.ragged import side_by_side
 from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Place, Tokens
@@ -37,23 +38,17 @@ MODALITIES = contract(
 """Bands and statistics of the published weights; those of rain are of millimetres a day."""
 
 
-class Config(BaseModel):
-    """Layers and sizes of a :class:`Presto`. ``steps``: months that a place may be observed over."""
+class Config(MonthlyConfig):
+    """Layers and sizes of a :class:`Presto`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    modalities: dict[str, Monthly]
-    gsd_m: float = 10.0
     dim: int = 128
     depth: int = 2
     heads: int = 8
-    steps: int = 24
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Config:
         if self.dim % 8 or self.dim % self.heads:
             raise ValueError(f"dim={self.dim} must be a multiple of 8 and of heads={self.heads}")
-        if other := [n for n, m in self.modalities.items() if m.gsd_m != self.gsd_m and m.role != "weather"]:
-            raise ValueError(f"gsd_m of modality {other[0]!r} must be that of the model, {self.gsd_m:g}")
         return self
 
     @property
@@ -74,8 +69,7 @@ class Presto(Encoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.settings, self.config, self.dim = config, config.model_dump(mode="json", exclude_none=True), config.dim
-        self.inputs = {name: m.input(dated=m.role != "terrain") for name, m in config.modalities.items()}
+        self._take(config)
         self.groups = nn.ModuleDict({name: nn.Linear(width, config.dim) for name, width in WIDTHS.items()})
         self.location = nn.Linear(3, config.dim)
         self.channel = nn.Parameter(torch.randn(len(GROUPS), config.dim // 4))
@@ -85,13 +79,26 @@ class Presto(Encoder):
         self.norm = nn.LayerNorm(config.dim)
         self.apply(_initialise)
 
+    def _take(self, config: Config) -> None:
+        self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
+        self.dim, self.inputs = config.dim, config.inputs()
+
+    def at(self, **changes: Any) -> Presto:
+        """The same encoder, sharing its weights, ``without`` some optical bands."""
+        for name in changes:
+            if name != "without":
+                raise TypeError(f"{name} cannot be changed at a call. {suggest(name, ('without',))}")
+        twin = copy.copy(self)
+        twin._take(Config.model_validate({**self.config, **changes}))
+        return twin
+
     # --- from pixels to tokens -----------------------------------------------------------------------------------------
 
     def tokenize(self, batch: Batch) -> Tokens:
         """One token per pixel, month and group of bands, and one per pixel for its terrain. Weather is every observed pixel's, or, where a
         place has nothing else, that of all its pixels."""
         grid = self._pixels(batch.height_m), self._pixels(batch.width_m)
-        seen = months(batch, self.settings.modalities, self.inputs, grid, self.settings.steps, "day")
+        seen = months(batch, self.settings.layers, self.inputs, grid, self.settings.steps, "day")
         parts = [self._series(seen, name, group, grid) for group, name in enumerate(GROUPS) if name in CHANNELS]
         parts.append(self._terrain(seen))
         parts.append(self._weather(seen, torch.cat([pixel for _, pixel, _, _ in parts]).unique(), batch.places, grid))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from everysat.nn.inputs import InputConfig
@@ -78,6 +78,14 @@ class Monthly(InputConfig):
             raise ValueError(f"bands={self.bands} of a {self.role} layer must be two")
         return self
 
+    def less(self, bands: Sequence[str]) -> Monthly:
+        """An optical layer without these bands; any other as it is."""
+        if self.role != "optical":
+            return self
+        kept = [i for i, band in enumerate(self.bands) if band not in bands]
+        parts = {k: getattr(self, k) for k in ("bands", "mean", "std") if getattr(self, k) is not None}
+        return self.model_copy(update={k: tuple(values[i] for i in kept) for k, values in parts.items()})
+
     def fit(self, raster: Raster, wanted: Input, name: str) -> Raster:
         """``raster`` as the contract has it, without observations that saw nothing, or a ContractError."""
         if raster.sensor.name in self.also:
@@ -109,6 +117,39 @@ def contract(mean: Mapping[Role, Sequence[float]], std: Mapping[Role, Sequence[f
         }
         for name, (role, sensor, bands, also) in LAYERS.items()
     }
+
+
+class MonthlyConfig(BaseModel):
+    """Layers of a model that reads months, by name.
+
+    Attributes:
+        gsd_m: side of a pixel, metres.
+        steps: months that a place may be observed over.
+        without: optical bands that the data lack; groups that they belong to are left out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    modalities: dict[str, Monthly]
+    gsd_m: float = 10.0
+    steps: int = 24
+    without: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> MonthlyConfig:
+        if other := [n for n, m in self.modalities.items() if m.gsd_m != self.gsd_m and m.role != "weather"]:
+            raise ValueError(f"gsd_m of modality {other[0]!r} must be that of the model, {self.gsd_m:g}")
+        if unknown := [band for band in self.without if band not in OPTICAL]:
+            raise ValueError(f"without={self.without}: {unknown[0]} is none of the optical bands {', '.join(OPTICAL)}")
+        return self
+
+    @property
+    def layers(self) -> dict[str, Monthly]:
+        """The layers with the bands that are read."""
+        return {name: modality.less(self.without) for name, modality in self.modalities.items()}
+
+    def inputs(self) -> dict[str, Input]:
+        """Their band contracts."""
+        return {name: modality.input(dated=modality.role != "terrain") for name, modality in self.layers.items()}
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,6 @@ from everysat.data import fuel_moisture, worldcereal
 from everysat.models import presto, weights
 from everysat.types import Batch, ContractError, Features, Place
 
-WITHOUT_B8A = {
-    **presto.MODALITIES,
-    "s2": {
-        **presto.MODALITIES["s2"],
-        "bands": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B11", "B12"),
-        "mean": (0.0,) * 9,
-        "std": (1.0,) * 9,
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def io() -> dict[str, torch.Tensor]:
@@ -145,7 +135,21 @@ def test_a_wrong_position_is_refused(tiny, io) -> None:
         tiny.embed(replace(batch, places=(replace(batch.places[0], lonlat=(48.0, 120.0)),)))
 
 
-def test_an_unknown_variant_or_band_is_an_error() -> None:
+def test_left_out_bands_are_as_if_they_were_not_valid(tiny, io) -> None:
+    batch = batch_of(io)
+    s2 = batch.raster("s2")
+    hidden = replace(
+        s2, valid=s2.valid & torch.tensor([name not in ("B04", "B8A") for name in s2.sensor.names]).view(1, -1, 1, 1)
+    )
+    fewer = s2.select(name for name in s2.sensor.names if name not in ("B04", "B8A"))
+    same(tiny.embed(batch.adding(s2=fewer), without=["B04", "B8A"]), tiny.embed(batch.adding(s2=hidden)))
+
+
+def test_an_unknown_setting_variant_or_band_is_an_error(tiny) -> None:
+    with pytest.raises(TypeError, match="cannot be changed"):
+        tiny.at(patch_m=20.0)
+    with pytest.raises(ValueError, match="B01 is none of the optical bands"):
+        tiny.at(without=["B01"])
     with pytest.raises(LookupError, match="base"):
         presto.build("bass")
     wrong = {"s2": {**presto.MODALITIES["s2"], "bands": ("B01",), "mean": (0.0,), "std": (1.0,)}}
@@ -167,8 +171,7 @@ def test_real_fields_of_worldcereal_lack_b8a(data_dir, published) -> None:
     batch = Batch.cat(data[i] for i in range(4))
     with pytest.raises(ContractError, match="lacks B8A"):
         published.embed(batch)
-    model = presto.build(modalities=WITHOUT_B8A)
-    weights.load_strictly(model, published.state_dict(), "published")
+    model = published.at(without=["B8A"])
     features = model.embed(batch)
     assert torch.isfinite(features.summary).all()
     groups = {presto.GROUPS[g] for g in model.tokenize(batch).coords.group.tolist()}
