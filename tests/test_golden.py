@@ -23,6 +23,7 @@ from golden_fixture import Fixture, close
 from golden_ramen import CHECKS as RAMEN
 from golden_scalemae import CHECKS as SCALEMAE
 from golden_utae import CHECKS as UTAE
+from golden_utt import CHECKS as UTT
 from torch import Tensor
 
 from everysat import sensors
@@ -247,4 +248,5 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     **RAMEN,
     **SCALEMAE,
     **UTAE,
+    **UTT,
 }
