@@ -194,7 +194,7 @@ def _model(suite: Suite, cell: Cell, fold: Fold, number: int, seconds: list[floa
     if row.pretrain is None:
         torch.manual_seed(key(number, "weights"))
         made = Recipe.parse({**recipe, "objective": {"name": "none"}}, where=f"models.{cell.model}")
-        return build_encoder(made, [seen]).eval()
+        return build_encoder(made, [seen]).eval().at(**row.at)
     start = time.perf_counter()
     out = (
         suite.folder
@@ -204,7 +204,7 @@ def _model(suite: Suite, cell: Cell, fold: Fold, number: int, seconds: list[floa
     whole = Recipe.parse(
         {**recipe, **row.pretrain, "name": "pretrain", "out": str(out)}, where=f"models.{cell.model}.pretrain"
     )
-    encoder = train(whole, data=[seen], quiet=True).encoder.eval()
+    encoder = train(whole, data=[seen], quiet=True).encoder.eval().at(**row.at)
     seconds[0] += time.perf_counter() - start
     return encoder
 
@@ -255,7 +255,7 @@ def _features(
     found, seconds = [], 0.0
     for name in data.parts:
         part, labelled = fold.parts[name], fold.labelled[name]
-        facts = [says, part.fingerprint(), part.layers, part.target, part.per_place, part.seed, data.level]
+        facts = [says, row.at, part.fingerprint(), part.layers, part.target, part.per_place, part.seed, data.level]
         extracted = cache.get(facts, partial(extract, model, part, labelled, data.level))
         found.append(extracted.x)
         seconds += extracted.seconds

@@ -178,12 +178,22 @@ def finetune(recipe: str, settings: Settings = None, quiet: Quiet = False) -> No
 @app.command()
 def evaluate(
     model: Model,
-    labels: Annotated[Path, typer.Option(help="polygons (GPKG, GeoJSON, GeoParquet)")],
-    column: Annotated[str, typer.Option(help="which attribute holds the class")],
-    files: AnyFiles = None,
-    how: Annotated[str, typer.Option(help="probe (logistic regression) or knn")] = "probe",
+    files: Annotated[list[str] | None, typer.Argument(help="files of a scene, or the name of a dataset")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="polygons of a scene (GPKG, GeoJSON, GeoParquet); of a dataset, how many: 0.1, 10% or 5/class"
+        ),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="which attribute of polygons holds the class")] = None,
+    how: Annotated[str, typer.Option(help="probe (linear), knn; of a dataset also forest or finetune")] = "probe",
     fractions: Annotated[str, typer.Option(help="shares of the training polygons that are labelled")] = "0.02,0.1,1",
     seeds: Annotated[int, typer.Option(help="draws of training labels")] = 5,
+    root: Annotated[Path | None, typer.Option(help="folder of the dataset")] = None,
+    modalities: Annotated[str | None, typer.Option(help="layers of the dataset that are shown, such as s2,s1")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="of the dataset in a suite: level=pixel, options.fold=1")
+    ] = None,
     block_m: Annotated[
         float, typer.Option(help="side of the blocks of ground that are tested together, metres")
     ] = 1500.0,
@@ -198,10 +208,20 @@ def evaluate(
     at: At = None,
     quiet: Quiet = False,
 ) -> None:
-    """How well a model's frozen features tell classes apart, from few labelled polygons, on ground that was held out."""
+    """How well a model does with few labels: on a dataset, or on a scene from labelled polygons, on ground that was held out."""
     from everysat import polygons
+    from everysat.data.catalogue import is_dataset
 
     encoder = _encoder(model, at)
+    if files and len(files) == 1 and is_dataset(files[0]):
+        if column or at:
+            raise ValueError(f"--column and --at are for scenes; {files[0]} is a dataset")
+        _evaluate(
+            model, encoder.family, files[0], how, labels or "100%", seeds, root, modalities, set_, baselines, out, quiet
+        )
+        return
+    if labels is None or column is None:
+        raise ValueError("give --labels (a file of polygons) and --column, or the name of a dataset in place of files")
     table = polygons.compare(
         {Path(model).stem: encoder},
         _scene(files, encoder, sensor, times, place, period, source).read(),
@@ -219,6 +239,73 @@ def evaluate(
     if out is not None:
         table.save(out)
         print(out)
+
+
+def _evaluate(
+    model: str,
+    family: str,
+    name: str,
+    how: str,
+    labels: str,
+    seeds: int,
+    root: Path | None,
+    modalities: str | None,
+    set_: list[str] | None,
+    baselines: bool,
+    out: Path | None,
+    quiet: bool,
+) -> None:
+    """A suite of one model on one dataset."""
+    from everysat.bench import run
+    from everysat.suite import Suite
+    from everysat.tables import save, tables
+
+    amounts = [part if part.endswith(("%", "class")) else f"{100 * float(part):g}%" for part in labels.split(",")]
+    data = {"name": name, "options": {} if root is None else {"root": str(root)}, "labels": amounts}
+    data |= {"modalities": {modalities or "all": modalities.split(",") if modalities else []}}
+    rows: dict[str, Any] = {Path(model).stem: {"model": {"name": family, "weights": model}, "how": [how]}}
+    rows |= {"image statistics": {"baseline": "statistics"}} if baselines else {}
+    tree = {
+        "name": f"{Path(model).stem}-{name.replace('/', '-')}",
+        "datasets": {name: data},
+        "models": rows,
+        "seeds": seeds,
+    }
+    suite = Suite.parse(tree, [f"datasets.{name}.{entry}" for entry in set_ or ()])
+    results = run(suite, quiet=quiet)
+    _print(tables(suite, results)[0])
+    for path in save(suite, results) if out is None else [tables(suite, results)[0].save(out)]:
+        print(path)
+    _fail_on_errors(results)
+
+
+def _fail_on_errors(results: list[Any]) -> None:
+    failed = [f"{result.cell}: {result.facts['error']}" for result in results if "error" in result.facts]
+    if failed:
+        raise ValueError("\n  ".join([f"{len(failed)} of {len(results)} cells failed:", *failed]))
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped suite")],
+    settings: Settings = None,
+    only: Annotated[str, typer.Option(help="only cells whose name contains this, such as 'OmniSat' or '/ s2 /'")] = "",
+    jobs: Annotated[int, typer.Option(help="processes that share the cells")] = 1,
+    restart: Annotated[bool, typer.Option(help="compute everything anew")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare models on datasets, label fractions and sensors: tables, CSV and a report. Interrupted, the same command goes on."""
+    from everysat.bench import run
+    from everysat.suite import Suite
+    from everysat.tables import save, tables
+
+    loaded = Suite.load(suite, settings or ())
+    results = run(loaded, only=only, jobs=jobs, restart=restart, quiet=quiet)
+    for table in tables(loaded, results):
+        _print(table)
+    for path in save(loaded, results):
+        print(path)
+    _fail_on_errors(results)
 
 
 @app.command()

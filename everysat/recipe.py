@@ -24,11 +24,13 @@ class RecipeError(ValueError):
     """A recipe that cannot be used. The message names every wrong entry, by its path, and what is expected there."""
 
 
-class _Part(BaseModel):
+class Strict(BaseModel):
+    """Fields that cannot be changed, and no others."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Named(_Part):
+class Named(Strict):
     """A module by name (see :mod:`everysat.find`) and the options of its ``build``."""
 
     name: str
@@ -73,7 +75,7 @@ class Source(Named):
         return self.label or self.name
 
 
-class Tuning(_Part):
+class Tuning(Strict):
     """Which parameters learn. The others stay as they are, to the bit; ``freeze`` holds beside it.
 
     Attributes:
@@ -102,7 +104,7 @@ class Tuning(_Part):
         return self
 
 
-class Recipe(_Part):
+class Recipe(Strict):
     """See the fields. Lengths of time are counted in optimiser steps.
 
     Attributes:
@@ -201,7 +203,7 @@ class Recipe(_Part):
                 raise FileNotFoundError(f"no recipe file {path}. {suggest(str(path), known)}")
             file = SHIPPED / f"{path}.yaml"
         try:
-            tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+            tree = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{file} is not valid YAML: {error}") from error
         return cls.parse(tree, overrides, where=str(file))
@@ -212,11 +214,11 @@ class Recipe(_Part):
         if not isinstance(tree, Mapping):
             raise RecipeError(f"{where}: expected keys and values at the top, got {type(tree).__name__}")
         for override in overrides:
-            tree = _set(tree, override)
+            tree = with_override(tree, override)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            lines = "\n".join(f"  {_explain(cls, e)}" for e in error.errors(include_url=False))
+            lines = "\n".join(f"  {explain(cls, e)}" for e in error.errors(include_url=False))
             raise RecipeError(f"{where} cannot be used:\n{lines}") from error
 
     def plain(self) -> dict[str, Any]:
@@ -241,7 +243,7 @@ def settings(given: Iterable[str]) -> dict[str, Any]:
     """A dict from ``a.b=value`` entries, as on a command line."""
     tree: Any = {}
     for entry in given:
-        tree = _set(tree, entry)
+        tree = with_override(tree, entry)
     return dict(tree)
 
 
@@ -258,7 +260,7 @@ def check_options(build: Callable[..., Any], options: Mapping[str, Any], what: s
         raise RecipeError(f"{what} needs the option {missing[0]!r}: give it under options")
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key that comes twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -271,19 +273,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
+Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
-def _set(tree: Any, override: str) -> Any:
+def with_override(tree: Any, override: str) -> Any:
     """A copy of ``tree`` with ``a.b.0.c=value``; the value is YAML. Keys that are missing are made, list entries are not."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"override {override!r} must look like key.subkey=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
     return _replaced(tree, path.split("."), value, override)
@@ -305,7 +307,7 @@ def _replaced(tree: Any, keys: list[str], value: Any, override: str) -> Any:
     return {**below, first: _replaced(below.get(first), rest, value, override)}
 
 
-def _explain(model: type[BaseModel], error: Any) -> str:
+def explain(model: type[BaseModel], error: Any) -> str:
     """One line for one error of pydantic, with a suggestion for an unknown key."""
     at = ".".join(map(str, error["loc"])) or "recipe"
     if error["type"] == "extra_forbidden":

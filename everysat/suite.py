@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from everysat.find import suggest
-from everysat.recipe import Model, Named, RecipeError, _explain, _Loader, _Part, _set
+from everysat.recipe import Loader, Model, Named, RecipeError, Strict, explain, with_override
 
 SHIPPED = Path(__file__).parent / "suites"
 HOW = ("probe", "knn", "forest", "finetune")
@@ -44,7 +44,7 @@ class Data(Named):
     per_place: int = Field(default=100, ge=1)
     modalities: dict[str, list[str]] = {"all": []}
     labels: list[str] = [ALL]
-    score: list[str] = ["macro_f1", "accuracy"]
+    score: list[str] = ["macro_f1", "accuracy", "micro_f1", "r2", "rmse"]
     published: list[dict[str, Any]] = []
     about: str = ""
 
@@ -62,12 +62,12 @@ class Data(Named):
         return self
 
 
-class Contender(_Part):
+class Contender(Strict):
     """A row of the table: a ``baseline`` (see :mod:`everysat.baselines`) with ``options``, or a ``model``.
 
     Attributes:
         pretrain: a recipe's fields (objective, steps, ...) by which the model first learns from the training places, without their labels.
-        finetune: a recipe's fields for ``how: finetune``. how: in place of the suite's.
+        at: settings of the model chosen at the call, such as ``patch_m``. finetune: a recipe's fields for ``how: finetune``. how: in place of the suite's.
         only: titles of modality subsets, and ``datasets`` on which the row stands, all by default. note: what a reader should know, such as that the weights may have seen related data.
     """
 
@@ -75,6 +75,7 @@ class Contender(_Part):
     options: dict[str, Any] = {}
     model: Model | None = None
     pretrain: dict[str, Any] | None = None
+    at: dict[str, Any] = {}
     finetune: dict[str, Any] = {}
     how: list[Literal["probe", "knn", "forest", "finetune"]] = []
     only: list[str] = []
@@ -90,7 +91,7 @@ class Contender(_Part):
         return self
 
 
-class Suite(_Part):
+class Suite(Strict):
     """See the fields.
 
     Attributes:
@@ -115,7 +116,7 @@ class Suite(_Part):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Suite:
-        """A suite from a YAML file (or the name of one that comes with the package), with ``a.b=c`` overrides. ``$NAME`` in texts is replaced by
+        """A suite from a YAML file (or the name of one that comes with the package), with ``a.b=c`` overrides. ``${NAME}`` and ``${NAME:-default}`` in texts are replaced by
         the variable of the environment.
 
         Raises:
@@ -128,7 +129,7 @@ class Suite(_Part):
                 raise FileNotFoundError(f"no suite file {path}. {suggest(str(path), known)}")
             file = SHIPPED / f"{path}.yaml"
         try:
-            tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+            tree = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{file} is not valid YAML: {error}") from error
         return cls.parse(tree, overrides, where=str(file))
@@ -137,11 +138,11 @@ class Suite(_Part):
     def parse(cls, tree: Any, overrides: Iterable[str] = (), *, where: str = "suite") -> Suite:
         """A suite from a dict as YAML would give it."""
         for override in overrides:
-            tree = _set(tree, override)
+            tree = with_override(tree, override)
         try:
             return cls.model_validate(_expanded(tree, where))
         except ValidationError as error:
-            lines = "\n".join(f"  {_explain(cls, e)}" for e in error.errors(include_url=False))
+            lines = "\n".join(f"  {explain(cls, e)}" for e in error.errors(include_url=False))
             raise RecipeError(f"{where} cannot be used:\n{lines}") from error
 
     def cells(self) -> Iterator[Cell]:

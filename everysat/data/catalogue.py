@@ -81,6 +81,14 @@ def resolve(name: str) -> str:
     return f"{here}{slash}{variant}" if variant else here
 
 
+def is_dataset(name: str) -> bool:
+    """Whether a dataset is called so, and no file."""
+    try:
+        return not Path(name).exists() and bool(resolve(name)) and "." not in name
+    except LookupError:
+        return False
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[-_ ]", "", name.lower())
 
