@@ -34,7 +34,7 @@ from everysat.nn.attention import Block
 from everysat.nn.images import Embedded, embedded, encoded, resampled, together
 from everysat.nn.inputs import AnyInput
 from everysat.nn.position import grid_sinusoid, sine_cosine
-from everysat.nn.spectral import AnySensor
+from everysat.nn.spectral import AnySensor, listing
 from everysat.types import Batch, ContractError, Features, Input, Place, Raster, Tokens
 
 Quirk = Literal["scrambled_kernels"]
@@ -300,6 +300,11 @@ def build(variant: str = "base", **changes: Any) -> Dofa:
     if variant and variant not in VARIANTS:
         raise LookupError(f"dofa has no variant {variant!r}. {suggest(variant, VARIANTS)}")
     return from_config({**VARIANTS.get(variant, {}), **changes})
+
+
+def layer(wanted: Input, **_: Any) -> dict[str, Any]:
+    """How a layer of a dataset is read, for ``modalities: data``: its bands that have a physics."""
+    return listing("", wanted) or {}
 
 
 def from_config(config: Mapping[str, Any]) -> Dofa:

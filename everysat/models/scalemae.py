@@ -32,9 +32,9 @@ from everysat.nn.images import Embedded, embedded, encoded, resampled, together
 from everysat.nn.inputs import InputConfig
 from everysat.nn.position import grid_sinusoid
 from everysat.sensors import Band
-from everysat.types import Batch, ContractError, Encoder, Features, Place, Raster, Tokens
+from everysat.types import Batch, ContractError, Encoder, Features, Input, Place, Raster, Tokens
 
-COLOURS = {"red": (0.6, 0.7), "green": (0.5, 0.6), "blue": (0.42, 0.5)}
+COLOURS = {"red": (0.6, 0.7), "green": (0.52, 0.6), "blue": (0.45, 0.52)}
 """Bands that the model reads, in order, and where their wavelengths lie, micrometres."""
 
 
@@ -158,18 +158,21 @@ class ScaleMae(Encoder):
 
 
 def _refuse_other_colours(name: str, bands: tuple[Band, ...]) -> None:
-    """ContractError unless the bands are red, green and blue, by wavelength, or by name where the table knows none."""
-    fits = len(bands) == len(COLOURS)
-    for band, (colour, (low, high)) in zip(bands, COLOURS.items(), strict=False):
-        if band.wavelength_um is None:
-            fits &= colour in (label.lower() for label in (band.name, *band.aliases))
-        else:
-            fits &= low <= band.wavelength_um <= high
-    if not fits:
+    """ContractError unless the bands are red, green and blue."""
+    if len(bands) != len(COLOURS) or any(_from(b, c) is None for b, c in zip(bands, COLOURS, strict=True)):
         raise ContractError(
             f"layer {name!r} has the bands {', '.join(band.name for band in bands)}; Scale-MAE reads red, green and blue, in this order. "
             "Name these bands of the sensor in modalities, or leave the layer out"
         )
+
+
+def _from(band: Band, colour: str) -> float | None:
+    """How far a band lies from the middle of a colour, micrometres; by name, where its table has no wavelength. None if it is not
+    of that colour."""
+    low, high = COLOURS[colour]
+    if band.wavelength_um is None:
+        return 0.0 if colour in (label.lower() for label in (band.name, *band.aliases)) else None
+    return abs(band.wavelength_um - (low + high) / 2) if low <= band.wavelength_um <= high else None
 
 
 # --- variants, and weights under the names of the published code ---------------------------------------------------------
@@ -213,6 +216,17 @@ def build(variant: str = "large", **changes: Any) -> ScaleMae:
     if variant and variant not in VARIANTS:
         raise LookupError(f"scalemae has no variant {variant!r}. {suggest(variant, VARIANTS)}")
     return from_config({**VARIANTS.get(variant, {}), **changes})
+
+
+def layer(wanted: Input, **_: Any) -> dict[str, Any]:
+    """How a layer of a dataset is read, for ``modalities: data``: of its bands, the red, green and blue ones nearest to the middle of
+    :data:`COLOURS`. A layer without them is taken as it is, and refused."""
+    found = [[(d, i) for i, b in enumerate(wanted.sensor.bands) if (d := _from(b, c)) is not None] for c in COLOURS]
+    if not all(found):
+        return {}
+    chosen = [min(fits)[1] for fits in found]
+    per_band = {"bands": wanted.sensor.names, "mean": wanted.mean, "std": wanted.std}
+    return {key: [values[i] for i in chosen] for key, values in per_band.items()}
 
 
 def from_config(config: Mapping[str, Any]) -> ScaleMae:

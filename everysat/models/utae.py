@@ -25,7 +25,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from everysat.find import suggest
-from everysat.nn.cells import cells_at, joined, refuse_without_statistics
+from everysat.nn.cells import cells_at, joined, refuse_uneven, refuse_without_statistics
 from everysat.nn.inputs import InputConfig
 from everysat.nn.position import day_number
 from everysat.nn.series_unet import SeriesUnet, Sizes
@@ -137,6 +137,7 @@ class Utae(Encoder):
         """One token per place, layer and cell of the lowest level that any date observed. ``memo["pieces"]`` has what the decoder
         needs beside them."""
         groups = tuple(name for name in self.inputs if name in batch.layers)
+        refuse_uneven(batch, groups, training=self.training)
         parts: list[tuple[Tensor, Coords]] = []
         pieces = []
         for group, name in enumerate(groups):
@@ -253,6 +254,11 @@ def build(variant: str = "base", **changes: Any) -> Utae:
     if variant and variant not in VARIANTS:
         raise LookupError(f"utae has no variant {variant!r}. {suggest(variant, VARIANTS)}")
     return from_config({**VARIANTS.get(variant, {}), **changes})
+
+
+def layer(wanted: Input, **_: Any) -> dict[str, Any]:
+    """How a layer of a dataset is read, for ``modalities: data``."""
+    return {"dated": wanted.dated}
 
 
 def from_config(config: Mapping[str, Any]) -> Utae:

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from everysat.find import suggest
 from everysat.models.utae import DROPPED as UTAE_DROPPED
 from everysat.models.utae import NANO, S2, Modality, prepared, renamed
-from everysat.nn.cells import cells_at, joined, refuse_without_statistics
+from everysat.nn.cells import cells_at, joined, refuse_uneven, refuse_without_statistics
 from everysat.nn.grid import mean_over_dates
 from everysat.nn.resample import axis_weights, resample
 from everysat.nn.series_unet import SeriesUnet, Sizes
-from everysat.types import Batch, ContractError, Coords, Encoder, Features, Place, Raster, Tokens
+from everysat.types import Batch, ContractError, Coords, Encoder, Features, Input, Place, Raster, Tokens
 
 Quirk = Literal["days_backwards"]
 """``days_backwards``: dates count from the image's to the origin instead of from the origin, as upstream's do."""
@@ -205,6 +205,8 @@ class Utt(Encoder):
         """One token per place with any observation and cell of its lowest level. ``memo["pieces"]`` has, for the places of each size,
         their numbers, the maps above, and which pixels any layer observed."""
         name = self.settings.image
+        series = [n for n in self.inputs if n in batch.layers and n != name]
+        refuse_uneven(batch, series, training=self.training)
         rasters = {n: wanted.fit(batch.raster(n), n) for n, wanted in self.inputs.items() if n in batch.layers}
         parts: list[tuple[Tensor, Coords]] = []
         pieces = []
@@ -344,6 +346,11 @@ def build(variant: str = "base", **changes: Any) -> Utt:
     if variant and variant not in VARIANTS:
         raise LookupError(f"utt has no variant {variant!r}. {suggest(variant, VARIANTS)}")
     return from_config({**VARIANTS.get(variant, {}), **changes})
+
+
+def layer(wanted: Input, **_: Any) -> dict[str, Any]:
+    """How a layer of a dataset is read, for ``modalities: data``: what has dates is a series, what has none is the image."""
+    return {"dated": wanted.dated, "role": "series" if wanted.dated else "image"}
 
 
 def from_config(config: Mapping[str, Any]) -> Utt:

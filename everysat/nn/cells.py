@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from everysat.nn.gather import world
 from everysat.nn.inputs import InputConfig
-from everysat.types import ALWAYS, ContractError, Coords, Features, Place, Tokens
+from everysat.types import ALWAYS, Batch, ContractError, Coords, Features, Place, Tokens
 
 
 def refuse_without_statistics(name: str, modality: InputConfig) -> None:
@@ -18,6 +19,20 @@ def refuse_without_statistics(name: str, modality: InputConfig) -> None:
             f"the model has no mean and std for layer {name!r}, and its input must be normalised. Compute them (everysat stats ... "
             "-o stats.json) and load the model with statistics='stats.json'; in a recipe, set model.statistics to data; for values "
             "that are normalised already, give mean 0 and std 1"
+        )
+
+
+def refuse_uneven(batch: Batch, names: Iterable[str], *, training: bool) -> None:
+    """ContractError where batch normalisation over processes could wait for ever: networks that run once per layer and size of place
+    must run as often in every process."""
+    if not training or world()[1] == 1:
+        return
+    sizes = {(p.height_m, p.width_m) for p in batch.places}
+    empty = [name for name in names if not batch.raster(name).valid.any()]
+    if len(sizes) > 1 or empty:
+        what = f"layer {empty[0]!r} is empty in this one" if empty else f"there are places of {len(sizes)} sizes"
+        raise ContractError(
+            f"training in several processes needs the same layers and one size of places in each: {what}. Train with devices: 1"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from everysat import sensors
 from everysat.models import scalemae, weights
 from everysat.tasks import regress
-from everysat.types import Batch, ContractError, Encoder, Features, Place, Raster
+from everysat.types import Batch, ContractError, Encoder, Features, Input, Place, Raster
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -191,3 +191,24 @@ def test_a_published_file_is_installed_under_its_name(tmp_path, last) -> None:
     assert all(torch.equal(again[key], value) for key, value in encoder.state_dict().items())
     with pytest.raises(ContractError, match="both norm and fc_norm"):
         scalemae.convert({"norm.weight": torch.zeros(1), "fc_norm.weight": torch.zeros(1)}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "bands"),
+    [
+        ("sentinel-2-l2a", ["B04", "B03", "B02"]),
+        ("landsat-8-oli", ["B4", "B3", "B2"]),
+        ("planetscope-8b", ["red", "green", "blue"]),
+        ("flair-aerial", ["red", "green", "blue"]),
+        ("sentinel-1-grd", None),
+    ],
+)
+def test_the_colours_of_a_dataset_are_found_with_their_statistics(name, bands) -> None:
+    sensor = sensors.get(name)
+    count = len(sensor.bands)
+    mean = tuple(float(i) for i in range(count))
+    found = scalemae.layer(Input(sensor, 10.0, mean, (1.0,) * count))
+    assert found.get("bands") == bands
+    if bands is not None:
+        assert found["mean"] == [mean[sensor.names.index(band)] for band in bands]
+        model(modalities={"x": {"sensor": name, "gsd_m": 10.0, **found}})

@@ -240,3 +240,16 @@ def test_attention_by_head_averages_to_the_attention_and_linear_takes_one_width(
     torch.testing.assert_close(weight, by_head[one])
     with pytest.raises(ValueError, match="one map"):
         Ltae(8, (8, 16), (8,), heads=4, key_dim=3, linear=True)
+
+
+def test_networks_that_would_wait_for_another_process_are_refused(generator, monkeypatch) -> None:
+    """In training over processes, normalisation runs once per layer and size of place in each."""
+    encoder = only("s2").train()
+    one, two = place(encoder, 8, 8, generator), place(encoder, 4, 4, generator)
+    empty = one.adding(s2=one.raster("s2").obs(torch.zeros(0, dtype=torch.long)))
+    monkeypatch.setattr("everysat.nn.cells.world", lambda: (0, 2))
+    for batch, message in ((Batch.cat([one, two]), "places of 2 sizes"), (empty, "layer 's2' is empty")):
+        with pytest.raises(ContractError, match=message):
+            encoder.tokenize(batch)
+        encoder.eval().tokenize(batch)
+        encoder.train()
