@@ -330,7 +330,7 @@ class _Training:
             terms = self.objective(self.encoder, batch, generator(self.recipe.seed, number, "validation"))
             if metrics:
                 pairs = task.pairs(task.predict(task.features(self.encoder, batch), batch), batch)
-                for metric in metrics.values():
+                for metric in metrics.values() if len(pairs[1]) else ():  # a batch may have no label at all
                     metric.update(*pairs)
         return terms
 

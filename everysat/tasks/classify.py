@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torchmetrics.classification as tm
 from torch import Tensor
+from torchmetrics.functional.classification import binary_average_precision
 
 from everysat.nn.heads import PixelHead, PlaceHead, aligned, build_head
 from everysat.nn.losses import labelled, loss
@@ -84,7 +85,7 @@ class Classify(Task):
                 "micro_f1": tm.MultilabelF1Score(n, average="micro"),
                 "macro_f1": tm.MultilabelF1Score(n, average="macro"),
                 "weighted_f1": tm.MultilabelF1Score(n, average="weighted"),
-                "map": tm.MultilabelAveragePrecision(n, average="macro"),
+                "map": MeanAveragePrecision(n),
             }
         return {
             "accuracy": tm.MulticlassAccuracy(n, average="micro"),
@@ -106,6 +107,15 @@ class Classify(Task):
         """Position of each code in the list of classes, and whether it is listed."""
         hit = codes.round().long()[..., None] == self.codes
         return hit.long().argmax(-1), hit.any(-1)
+
+
+class MeanAveragePrecision(tm.MultilabelAveragePrecision):
+    """Mean over the classes that have a positive label; torchmetrics counts the others as 0. NaN where no class has one."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        p, truth = (torch.cat(part) if isinstance(part, list) else part for part in (self.preds, self.target))
+        each = [binary_average_precision(p[:, c], truth[:, c]) for c in truth.any(0).nonzero()[:, 0].tolist()]
+        return torch.stack(each).mean() if each else p.new_tensor(torch.nan)
 
 
 def build(

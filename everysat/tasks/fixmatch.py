@@ -147,6 +147,9 @@ class FixMatch(Task):
         return self.task.predict(features, batch)
 
     def pairs(self, prediction: Raster, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As the classification's; nothing of a batch without the target layer."""
+        if self.target not in batch.layers:
+            return prediction.values.new_zeros(0, prediction.values.shape[1]), self.task.codes[:0]
         return self.task.pairs(prediction, batch)
 
     def metrics(self) -> Mapping[str, Any]:
