@@ -14,6 +14,7 @@ Source of facts: github.com/VSainteuf/utae-paps (MIT). Its ``out_conv``, which m
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -40,26 +41,38 @@ class Modality(InputConfig):
 
 
 class Config(Sizes):
-    """Layers and sizes of a :class:`Utae`. ``tile``: pixels of the finest layer along the squares that maps of large places are
-    made of; the published model was trained on 128."""
+    """Layers and sizes of a :class:`Utae`, and what is asked for at a call.
+
+    Attributes:
+        cell_m: side of what a feature stands for, metres: the mean of the features of its pixels; None for each pixel of the finest layer.
+        tile: pixels of the finest layer along the squares that maps of large places are made of; the published model was trained on 128.
+    """
 
     modalities: dict[str, Modality]
+    cell_m: float | None = None
     tile: int = 128
 
     @model_validator(mode="after")
     def _some_layer(self) -> Config:
         if not self.modalities:
             raise ValueError("modalities is empty: name at least one layer")
+        if self.cell_m is not None and not self.cell_m >= self.pixel_m:
+            raise ValueError(f"cell_m={self.cell_m:g} must not be smaller than a pixel, {self.pixel_m:g} m")
         return self
 
     @property
-    def token_m(self) -> float:
-        """Side of what a feature stands for, metres: a pixel of the finest layer."""
+    def pixel_m(self) -> float:
+        """Pixel of the finest layer, metres."""
         return min(modality.gsd_m for modality in self.modalities.values())
 
     @property
+    def token_m(self) -> float:
+        """Side of what a feature stands for, metres."""
+        return self.cell_m or self.pixel_m
+
+    @property
     def chip_m(self) -> float:
-        return self.token_m * self.tile
+        return self.pixel_m * self.tile
 
 
 @dataclass(frozen=True)
@@ -126,12 +139,24 @@ class Utae(Encoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
-        self.dim = config.out_widths[0] * len(config.modalities)
-        self.inputs = {name: modality.input(dated=modality.dated) for name, modality in config.modalities.items()}
+        self._take(config)
         self.projectors = nn.ModuleDict(
             {name: SeriesUnet(len(m.bands), config, m.period_days) for name, m in config.modalities.items()}
         )
+
+    def _take(self, config: Config) -> None:
+        self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
+        self.dim = config.out_widths[0] * len(config.modalities)
+        self.inputs = {name: modality.input(dated=modality.dated) for name, modality in config.modalities.items()}
+
+    def at(self, **changes: Any) -> Utae:
+        """The same encoder, sharing its weights, with another ``cell_m`` or ``tile``."""
+        for name in changes:
+            if name not in ("cell_m", "tile"):
+                raise TypeError(f"{name} cannot be changed at a call. {suggest(name, ('cell_m', 'tile'))}")
+        twin = copy.copy(self)
+        twin._take(Config.model_validate({**self.config, **changes}))
+        return twin
 
     def tokenize(self, batch: Batch) -> Tokens:
         """One token per place, layer and cell of the lowest level that any date observed. ``memo["pieces"]`` has what the decoder
@@ -170,8 +195,9 @@ class Utae(Encoder):
         return Piece(name, ready.places, ready.size, ready.ever, (deep.shape[1], deep.shape[2]), skips), deep, known
 
     def forward(self, tokens: Tokens) -> Features:
-        """One feature per place and pixel of the finest layer that any layer observed, and their mean as summary."""
-        side = self.settings.token_m
+        """One feature per place and pixel of the finest layer that any layer observed, or per cell with one, and the mean of the pixels as
+        summary."""
+        side = self.settings.pixel_m
         found: list[tuple[Tensor, Coords]] = []
         for size_m in dict.fromkeys((p.height_m, p.width_m) for p in tokens.places):
             own = torch.tensor([i for i, p in enumerate(tokens.places) if (p.height_m, p.width_m) == size_m])
@@ -182,7 +208,7 @@ class Utae(Encoder):
                 maps, seen = self._fused(tokens, pieces, own, height, width)
                 row, y, x = torch.nonzero(seen, as_tuple=True)
                 found.append((maps.permute(0, 2, 3, 1)[seen], cells_at(own[row], y, x, side, 0)))
-        return joined(found, tokens, self.dim)
+        return joined(found, tokens, self.dim, self.settings.cell_m)
 
     def _fused(
         self, tokens: Tokens, pieces: Sequence[Piece], own: Tensor, height: int, width: int
@@ -195,7 +221,7 @@ class Utae(Encoder):
         seen = torch.zeros(len(own), height, width, dtype=torch.bool, device=first.device)
         for name, (image, piece) in parts.items():
             where = torch.searchsorted(own, piece.places)
-            ratio = self.settings.token_m / self.settings.modalities[name].gsd_m
+            ratio = self.settings.pixel_m / self.settings.modalities[name].gsd_m
             y, x = (
                 ((torch.arange(n, device=own.device) + 0.5) * ratio).floor().long().clamp(max=last - 1)
                 for n, last in zip((height, width), piece.size, strict=True)

@@ -15,6 +15,7 @@ Source of facts: github.com/IGNF/FLAIR-2 (Apache-2.0) and segmentation-models-py
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -30,15 +31,13 @@ from everysat.models.utae import DROPPED as UTAE_DROPPED
 from everysat.models.utae import NANO, S2, Modality, prepared, renamed
 from everysat.nn.cells import cells_at, joined, refuse_uneven, refuse_without_statistics
 from everysat.nn.grid import mean_over_dates
+from everysat.nn.image_unet import STRIDE, ImageUnet
 from everysat.nn.resample import axis_weights, resample
 from everysat.nn.series_unet import SeriesUnet, Sizes
 from everysat.types import Batch, ContractError, Coords, Encoder, Features, Input, Place, Raster, Tokens
 
 Quirk = Literal["days_backwards"]
 """``days_backwards``: dates count from the image's to the origin instead of from the origin, as upstream's do."""
-
-STRIDE = 32
-"""Pixels of the image along a cell of the lowest level."""
 
 
 class Layer(Modality):
@@ -54,6 +53,7 @@ class Config(Sizes):
         image_widths: channels of the image's encoder: of its first convolution, then of its four stages.
         image_blocks: residual blocks of the four stages; (3, 4, 6, 3) is ResNet-34.
         image_out_widths: channels of its decoder, from the lowest to the highest resolution; the last is the width of the features.
+        cell_m: side of what a feature stands for, metres: the mean of the features of its pixels; None for each pixel of the image.
         tile: pixels of the image along the squares that maps of large places are made of.
     """
 
@@ -63,6 +63,7 @@ class Config(Sizes):
     image_widths: tuple[int, int, int, int, int] = (64, 64, 128, 256, 512)
     image_blocks: tuple[int, int, int, int] = (3, 4, 6, 3)
     image_out_widths: tuple[int, int, int, int, int] = (256, 128, 64, 32, 16)
+    cell_m: float | None = None
     tile: int = 512
     quirks: tuple[Quirk, ...] = ()
 
@@ -73,6 +74,8 @@ class Config(Sizes):
             raise ValueError(
                 f"modalities has {', '.join(images) or 'none'} of role 'image' among {len(self.modalities)}: UT&T takes one, and a series"
             )
+        if self.cell_m is not None and not self.cell_m >= self.pixel_m:
+            raise ValueError(f"cell_m={self.cell_m:g} must not be smaller than a pixel, {self.pixel_m:g} m")
         return self
 
     @property
@@ -81,78 +84,18 @@ class Config(Sizes):
         return next(name for name, layer in self.modalities.items() if layer.role == "image")
 
     @property
-    def token_m(self) -> float:
-        """Side of what a feature stands for, metres: a pixel of the image."""
+    def pixel_m(self) -> float:
+        """Pixel of the image, metres."""
         return self.modalities[self.image].gsd_m
 
     @property
+    def token_m(self) -> float:
+        """Side of what a feature stands for, metres."""
+        return self.cell_m or self.pixel_m
+
+    @property
     def chip_m(self) -> float:
-        return self.token_m * self.tile
-
-
-class Residual(nn.Module):
-    """Two convolutions around a residual, which is projected where sizes differ (He et al. 2016)."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
-        alike = stride == 1 and before == after
-        project = [nn.Conv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)]
-        self.downsample = None if alike else nn.Sequential(*project)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = x if self.downsample is None else self.downsample(x)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + kept)
-
-
-class ImageUnet(nn.Module):
-    """U-Net of an image with a residual encoder: :meth:`encoded` gives maps of five levels, :meth:`decoded` the features."""
-
-    def __init__(self, bands: int, config: Config) -> None:
-        super().__init__()
-        widths = config.image_widths
-        self.conv1, self.bn1 = (
-            nn.Conv2d(bands, widths[0], 7, stride=2, padding=3, bias=False),
-            nn.BatchNorm2d(widths[0]),
-        )
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                Residual(widths[i], widths[i + 1], 1 if i == 0 else 2),
-                *(Residual(widths[i + 1], widths[i + 1], 1) for _ in range(count - 1)),
-            )
-            for i, count in enumerate(config.image_blocks)
-        )
-        below, skipped = (widths[-1], *config.image_out_widths[:-1]), (*reversed(widths[:-1]), 0)
-        self.up = nn.ModuleList(
-            nn.Sequential(_double(before + skip, after), _double(after, after))
-            for before, skip, after in zip(below, skipped, config.image_out_widths, strict=True)
-        )
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-
-    def encoded(self, x: Tensor) -> list[Tensor]:
-        """Maps of half the resolution of ``x`` [row, band, y, x], of a quarter, and so on to a 32nd."""
-        maps = [F.relu(self.bn1(self.conv1(x)))]
-        x = F.max_pool2d(maps[0], 3, stride=2, padding=1)
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
-
-    def decoded(self, deep: Tensor, skips: Sequence[Tensor]) -> Tensor:
-        """Features [row, channel, y, x] at the image's pixels, of the lowest map and those above it, the highest resolution first."""
-        x = deep
-        for number, up in enumerate(self.up):
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = up(torch.cat([x, skips[-1 - number]], 1) if number < len(skips) else x)
-        return x
-
-
-def _double(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+        return self.pixel_m * self.tile
 
 
 class SeriesBranch(nn.Module):
@@ -190,16 +133,29 @@ class Utt(Encoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self._take(config)
+        image = config.image_widths, config.image_blocks, config.image_out_widths
+        self.projectors = nn.ModuleDict()
+        for name, taken in config.modalities.items():
+            bands = len(taken.bands)
+            series = taken.role == "series"
+            self.projectors[name] = (
+                SeriesBranch(bands, config, taken.period_days) if series else ImageUnet(bands, *image)
+            )
+
+    def _take(self, config: Config) -> None:
         self.settings, self.config = config, config.model_dump(mode="json", exclude_none=True)
         self.dim = config.image_out_widths[-1]
         self.inputs = {n: m.input(dated=m.dated and m.role == "series") for n, m in config.modalities.items()}
-        self.projectors = nn.ModuleDict()
-        for name, layer in config.modalities.items():
-            bands = len(layer.bands)
-            image = layer.role == "image"
-            self.projectors[name] = (
-                ImageUnet(bands, config) if image else SeriesBranch(bands, config, layer.period_days)
-            )
+
+    def at(self, **changes: Any) -> Utt:
+        """The same encoder, sharing its weights, with another ``cell_m`` or ``tile``."""
+        for name in changes:
+            if name not in ("cell_m", "tile"):
+                raise TypeError(f"{name} cannot be changed at a call. {suggest(name, ('cell_m', 'tile'))}")
+        twin = copy.copy(self)
+        twin._take(Config.model_validate({**self.config, **changes}))
+        return twin
 
     def tokenize(self, batch: Batch) -> Tokens:
         """One token per place with any observation and cell of its lowest level. ``memo["pieces"]`` has, for the places of each size,
@@ -219,7 +175,7 @@ class Utt(Encoder):
                 maps, seen, places = [m[some] for m in maps], seen[some], places[some]
                 deep = maps[-1].permute(0, 2, 3, 1)
                 row, y, x = torch.nonzero(deep.new_ones(deep.shape[:3]), as_tuple=True)
-                side = self.settings.token_m * STRIDE
+                side = self.settings.pixel_m * STRIDE
                 parts.append((deep.flatten(0, 2), cells_at(places[row], y, x, side, 0)))
                 pieces.append((places, deep.shape[:3], maps[:-1], seen))
         if not parts:
@@ -237,7 +193,7 @@ class Utt(Encoder):
         self, rasters: Mapping[str, Raster], places: tuple[Place, ...], own: Tensor, size_m: tuple[float, float]
     ) -> tuple[list[Tensor], Tensor]:
         """Maps of the image's encoder with the series added, of the places ``own``, and which pixels any layer observed."""
-        side = self.settings.token_m
+        side = self.settings.pixel_m
         size = [math.ceil(m / side - 1e-4) for m in size_m]
         full = [math.ceil(n / STRIDE) * STRIDE for n in size]
         image, seen = self._image(rasters.get(self.settings.image), len(places), own, size)
@@ -284,7 +240,8 @@ class Utt(Encoder):
         return values[own][inside], valid[own].any(1)[inside]
 
     def forward(self, tokens: Tokens) -> Features:
-        """One feature per place and pixel of the image that any layer observed, and their mean as summary."""
+        """One feature per place and pixel of the image that any layer observed, or per cell with one, and the mean of the pixels as
+        summary."""
         found: list[tuple[Tensor, Coords]] = []
         unet = cast(ImageUnet, self.projectors[self.settings.image])
         for places, shape, skips, seen in tokens.memo["pieces"]:
@@ -294,9 +251,9 @@ class Utt(Encoder):
             at = (torch.searchsorted(places, tokens.coords.row[mine]), cells[:, 0], cells[:, 1])
             image = unet.decoded(deep.index_put(at, tokens.x[mine]).permute(0, 3, 1, 2), skips)
             row, y, x = torch.nonzero(seen, as_tuple=True)
-            coords = cells_at(places[row], y, x, self.settings.token_m, 0)
+            coords = cells_at(places[row], y, x, self.settings.pixel_m, 0)
             found.append((image[row, :, y, x], coords))
-        return joined(found, tokens, self.dim)
+        return joined(found, tokens, self.dim, self.settings.cell_m)
 
 
 # --- variants, and weights under the names of the published code ---------------------------------------------------------

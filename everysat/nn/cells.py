@@ -43,17 +43,21 @@ def cells_at(row: Tensor, y: Tensor, x: Tensor, size_m: float, group: int) -> Co
     return Coords(row, at_m, torch.full((len(row),), size_m, device=row.device), always, torch.full_like(row, group))
 
 
-def joined(found: Sequence[tuple[Tensor, Coords]], tokens: Tokens, dim: int) -> Features:
-    """Features of all parts, place by place, and their mean per place as summary."""
+def joined(found: Sequence[tuple[Tensor, Coords]], tokens: Tokens, dim: int, cell_m: float | None = None) -> Features:
+    """Features of all parts, place by place, and their mean per place as summary; with ``cell_m``, in place of the features, their means
+    over the cells of that side that their centres lie in."""
     if not found:
         nowhere = torch.zeros(0, dtype=torch.long, device=tokens.x.device)
         found = [(tokens.x.new_zeros(0, dim), cells_at(nowhere, nowhere, nowhere, 1.0, 0))]
     mean, coords = torch.cat([m for m, _ in found]), Coords.cat([c for _, c in found])
     order = torch.argsort(coords.row, stable=True)
-    mean, coords, rows = mean[order], coords[order], len(tokens.places)
-    total = mean.new_zeros(rows, dim).index_add(0, coords.row, mean)
-    count = torch.bincount(coords.row, minlength=rows).clamp(min=1)[:, None]
-    return Features(mean, coords, total / count.to(mean.dtype), tokens.places)
+    mean, coords = mean[order], coords[order]
+    summary = _mean_by(mean, coords.row, len(tokens.places))
+    if cell_m is not None:
+        keys = torch.cat([coords.row[:, None], torch.floor(coords.at_m / cell_m + 1e-4).long()], 1)
+        keys, where = torch.unique(keys, dim=0, return_inverse=True)
+        mean, coords = _mean_by(mean, where, len(keys)), cells_at(keys[:, 0], keys[:, 1], keys[:, 2], cell_m, 0)
+    return Features(mean, coords, summary, tokens.places)
 
 
 def side_by_layer(

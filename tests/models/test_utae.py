@@ -253,3 +253,24 @@ def test_networks_that_would_wait_for_another_process_are_refused(generator, mon
             encoder.tokenize(batch)
         encoder.eval().tokenize(batch)
         encoder.train()
+
+
+def test_features_of_cells_are_the_means_of_their_pixels(generator) -> None:
+    encoder = only("s2")
+    batch = place(encoder, 6, 4, generator)
+    raster = batch.raster("s2")
+    valid = raster.valid.clone()
+    valid[..., :2, :2] = False
+    valid[..., 2, 0] = False
+    batch = batch.adding(s2=replace(raster, valid=valid))
+    fine, coarse = encoder.embed(batch), encoder.embed(batch, cell_m=20.0)
+    assert float(coarse.coords.size_m[0]) == 20.0 == encoder.at(cell_m=20.0).settings.token_m
+    pixels, cells = fine.grid(), coarse.grid()
+    assert torch.isnan(cells[0, :, 0, 0]).all()
+    torch.testing.assert_close(cells[0, :, 1, 0], torch.nanmean(pixels[0, :, 2:4, :2], (1, 2)))
+    torch.testing.assert_close(cells[0, :, 1, 1], pixels[0, :, 2:4, 2:4].mean((1, 2)))
+    torch.testing.assert_close(coarse.summary, fine.summary)
+    with pytest.raises(ValueError, match="must not be smaller than a pixel"):
+        encoder.at(cell_m=1.0)
+    with pytest.raises(TypeError, match="Did you mean cell_m"):
+        encoder.at(cells=3)
