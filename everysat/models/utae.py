@@ -305,7 +305,7 @@ _RENAMES = (
     (r"\.(down|conv1|conv2)\.conv\.", r".\1."),
     (r"^temporal_encoder\.attention_heads\.Q$", "temporal.query"),
     (r"^temporal_encoder\.attention_heads\.fc1_k\.", "temporal.key."),
-    (r"^temporal_encoder\.inconv\.", "temporal.observation."),
+    (r"^temporal_encoder\.inconv\.", "temporal.observation.0."),
     (r"^temporal_encoder\.in_norm\.", "temporal.first_norm."),
     (r"^temporal_encoder\.mlp\.", "temporal.out."),
     (r"^temporal_encoder\.", "temporal."),
@@ -328,5 +328,5 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         for pattern, new in _RENAMES:
             key = re.sub(pattern, new, key)
-        out[key] = value.flatten(1) if key == "temporal.observation.weight" else value
+        out[key] = value.flatten(1) if key == "temporal.observation.0.weight" else value
     return out

@@ -52,7 +52,7 @@ class Ltae(nn.Module):
         self.attention_dropout = attention_dropout
         if linear and len(widths) != 1:
             raise ValueError(f"linear=True makes one map, widths={tuple(widths)} lists {len(widths)}")
-        self.observation = nn.Linear(inputs, dim) if linear else _mlp(inputs, widths, norm, dropout)
+        self.observation = nn.Sequential(nn.Linear(inputs, dim)) if linear else _mlp(inputs, widths, norm, dropout)
         self.first_norm = nn.GroupNorm(heads, inputs) if normalise and linear else None
         self.in_norm = nn.GroupNorm(heads, dim) if normalise and not linear else None
         self.query = nn.Parameter(torch.randn(heads, key_dim) * math.sqrt(2 / key_dim))

@@ -191,7 +191,7 @@ def published_names(encoder: Encoder) -> dict[str, str]:
     for block, parts in blocks.items():
         pairs |= {f"{block}.{part}.conv.": f"{block.replace('_blocks', '')}.{part}." for part in parts}
     pairs |= {"up_blocks.0.skip_conv.": "up.0.skip.", "up_blocks.0.up.": "up.0.up."}
-    inner = {"inconv.": "observation.", "in_norm.": "first_norm.", "mlp.": "out.", "out_norm.": "out_norm."}
+    inner = {"inconv.": "observation.0.", "in_norm.": "first_norm.", "mlp.": "out.", "out_norm.": "out_norm."}
     pairs |= {f"temporal_encoder.{old}": f"temporal.{new}" for old, new in inner.items()}
     pairs |= {
         "temporal_encoder.attention_heads.Q": "temporal.query",
