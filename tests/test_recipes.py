@@ -17,6 +17,8 @@ FINE = (
     "anysat_pastis_classify",
     "anysat_pastis_segment",
     "anysat_pastis_probe",
+    "anysat_pastis_lora",
+    "omnisat_levir",
     "anysat_flair",
     "anysat_planted",
     "anysat_braddts",
