@@ -65,9 +65,12 @@ def fit_forest(
         raise ImportError("forests need scikit-learn: pip install 'everysat[bench]'") from error
     if not len(x) == len(label) == len(group):
         raise ValueError(f"x, label and group have {len(x)}, {len(label)} and {len(group)} rows")
+    threads = torch.get_num_threads()
     if label.is_floating_point():
-        fitted = RandomForestRegressor(trees, random_state=seed).fit(x.numpy(), label.numpy())
+        fitted = RandomForestRegressor(trees, random_state=seed, n_jobs=threads).fit(x.numpy(), label.numpy())
         return Forest(fitted, tuple(classes), "values")
     kind, target = ("labels", label.bool().numpy()) if label.ndim == 2 else ("classes", label.numpy())
-    fitted = RandomForestClassifier(trees, random_state=seed, class_weight="balanced").fit(x.numpy(), target)
+    fitted = RandomForestClassifier(trees, random_state=seed, class_weight="balanced", n_jobs=threads).fit(
+        x.numpy(), target
+    )
     return Forest(fitted, tuple(classes), kind)
