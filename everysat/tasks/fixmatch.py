@@ -52,7 +52,7 @@ class Strong:
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         rasters = {name: layer for name, layer in batch.layers.items() if isinstance(layer, Raster)}
-        first = row_offset(len(batch))
+        first = row_offset(len(batch), next((r.row.device for r in rasters.values()), "cpu"))
         rows = torch.arange(len(batch)) + first
         there = (
             torch.stack([torch.bincount(r.row.cpu(), minlength=len(batch)) > 0 for r in rasters.values()], 1)

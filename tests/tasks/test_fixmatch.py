@@ -170,7 +170,7 @@ def test_a_place_draws_the_same_whoever_holds_it(generator, monkeypatch):
     whole = strong(batch, torch.Generator().manual_seed(3))
     for start in (0, 2):
         part = Batch.cat([batch[i] for i in (start, start + 1)])
-        monkeypatch.setattr("everysat.tasks.fixmatch.row_offset", lambda rows, first=start: first)
+        monkeypatch.setattr("everysat.tasks.fixmatch.row_offset", lambda rows, device, first=start: first)
         mine = strong(part, torch.Generator().manual_seed(3))
         for name in ("image", "other"):
             wanted = whole.raster(name).obs((whole.raster(name).row >= start) & (whole.raster(name).row < start + 2))
