@@ -332,7 +332,7 @@ def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kin
     encoder, task = encoder.eval(), task.eval()
     images = []
     for batch in in_order(Shown(part), 16):
-        raster = task.predict(encoder.embed(batch), batch)
+        raster = task.predict(task.features(encoder, batch), batch)
         images += list(torch.where(raster.valid, raster.values, 1.0 / raster.values.shape[1]))
     at = labelled.at
     return torch.stack([images[p][:, y, x] for p, (y, x) in zip(labelled.place.tolist(), at.tolist(), strict=True)])

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class Conversion:
     path: Path
     kept: int
     dropped: Mapping[str, str]
+
+    def __str__(self) -> str:
+        reasons = Counter(self.dropped.values())
+        left = "".join(f"\n  {count} left out: {reason}" for reason, count in reasons.items())
+        return f"{self.path}: {self.kept} tensors{left}"
 
 
 def save(
