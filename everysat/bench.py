@@ -196,17 +196,17 @@ def _model(suite: Suite, cell: Cell, fold: Fold, number: int, seconds: list[floa
         made = Recipe.parse({**recipe, "objective": {"name": "none"}}, where=f"models.{cell.model}")
         return build_encoder(made, [seen]).eval().at(**row.at)
     start = time.perf_counter()
-    out = (
-        suite.folder
-        / "pretrained"
-        / f"{cell.dataset}-{cell.model}-{cell.modalities}-{number}".replace(" ", "_").replace("/", "_")
-    )
-    whole = Recipe.parse(
-        {**recipe, **row.pretrain, "name": "pretrain", "out": str(out)}, where=f"models.{cell.model}.pretrain"
-    )
+    out = {"name": "pretrain", "out": str(_pretrained(suite, cell, number))}
+    whole = Recipe.parse({**recipe, **row.pretrain, **out}, where=f"models.{cell.model}.pretrain")
     encoder = train(whole, data=[seen], quiet=True).encoder.eval().at(**row.at)
     seconds[0] += time.perf_counter() - start
     return encoder
+
+
+def _pretrained(suite: Suite, cell: Cell, fold: int) -> Path:
+    """The folder of the run that pre-trains on the training places of a fold."""
+    name = f"{cell.dataset}-{cell.model}-{cell.modalities}-{fold}"
+    return suite.folder / "pretrained" / name.replace(" ", "_").replace("/", "_")
 
 
 class Shown:
@@ -284,13 +284,17 @@ def _finetuning(
     def how(draw: Draw) -> Tensor:
         number = next(numbers)
         fold = folds[number // suite.seeds]
+        model = row.model.model_dump()  # type: ignore[union-attr]
+        if row.pretrain is not None:  # the file has the sizes and the statistics that it was trained with
+            file = _pretrained(suite, cell, number // suite.seeds) / "weights.safetensors"
+            model = {"name": model["name"], "weights": str(file)}
         indices = [group - fold.offset for group in draw[0]]
         name = f"{cell.file}-{len(indices)}-{number}"
         tree = {
             **suite.finetune,
             **row.finetune,
             "name": "finetune",
-            "model": row.model.model_dump(),  # type: ignore[union-attr]
+            "model": model,
             "data": [{"name": data.name}],
             "task": _task(data, samples, fold.labelled["train"], row),
             "seed": number % suite.seeds,

@@ -11,6 +11,7 @@ import torch
 from everysat import bench
 from everysat.data import bigearthnet, dea_cropmask, fuel_moisture, pastis
 from everysat.features import Cache, Extracted, Part, extract
+from everysat.models import weights
 from everysat.recipe import RecipeError
 from everysat.suite import Suite, amount
 from everysat.tables import save, tables
@@ -200,6 +201,28 @@ def test_models_are_probed_pretrained_and_fine_tuned(tmp_path, crops):
     x = {json.dumps(r.evaluations["100%"].counts[0].tolist()) for r in results}
     assert len(x) > 1
     assert len(list(Path(tmp_path / "pretrained").iterdir())) == 1
+
+
+def test_fine_tuning_begins_with_the_pre_trained_weights(tmp_path, crops):
+    model = {"name": "omnisat/", "statistics": "data", "options": SMALL}
+    pretrain = {
+        "objective": {"name": "omnisat", "options": {"normalise": False}},
+        "steps": 2,
+        "batch_size": 4,
+        "lr": 0.01,
+    }
+    finetune = {"steps": 1, "batch_size": 4, "lr": 1e-9, "weight_decay": 0.0}
+    models = {"pre-trained": {"model": model, "pretrain": pretrain, "finetune": finetune, "how": ["finetune"]}}
+    asked = suite(crops, tmp_path, models, modalities={"s2": ["s2"]}, labels=["100%"])
+    (result,) = bench.run(asked, quiet=True)
+    assert "error" not in result.facts, result.facts
+    (before,) = (tmp_path / "pretrained").glob("*/weights.safetensors")
+    after = sorted((tmp_path / "runs").glob("*/weights.safetensors"))
+    assert len(after) == asked.seeds
+    learned = dict(weights.load(before).named_parameters())
+    for file in after:
+        for name, parameter in weights.load(file).named_parameters():
+            torch.testing.assert_close(parameter, learned[name], rtol=0, atol=1e-6)
 
 
 def test_a_model_that_is_shown_none_of_its_layers_is_refused(tmp_path, crops):
