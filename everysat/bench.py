@@ -33,6 +33,7 @@ from everysat.manifest import environment
 from everysat.nn.draws import key, stream
 from everysat.progress import Progress
 from everysat.recipe import Recipe, RecipeError
+from everysat.sensors import to_table
 from everysat.suite import Cell, Contender, Data, Suite, amount
 from everysat.train import train
 from everysat.trainee import build_encoder
@@ -296,7 +297,13 @@ def _finetuning(
             "name": "finetune",
             "model": model,
             "data": [{"name": data.name}],
-            "task": _task(data, samples, fold.labelled["train"], row),
+            "task": _task(
+                data,
+                samples.kind,
+                fold.labelled["train"],
+                row,
+                torch.isin(fold.labelled["train"].place, torch.tensor(indices)),
+            ),
             "seed": number % suite.seeds,
             "checkpoint_every": 0,
             "out": str(suite.folder / "runs" / name),
@@ -319,27 +326,48 @@ class Kept(Shown):
         return place.only(*self.part.layers, self.part.target) if self.part.layers else place
 
 
-def _task(data: Data, samples: Samples, labelled: Labelled, row: Contender) -> dict[str, Any]:
+def _task(data: Data, kind: str, labelled: Labelled, row: Contender, train: Tensor) -> dict[str, Any]:
+    """The task of a recipe; values are standardised by those that train, ``train`` bool [n]."""
     options: dict[str, Any] = {"target": data.target}
-    if samples.kind == "values":
-        layer = labelled.classes
-        raise RecipeError(f"fine-tuning of values ({', '.join(layer)}) is not offered in suites; use probe or forest")
-    options |= {"classes": list(samples.classes), "multilabel": samples.kind == "labels"}
+    if kind == "values":
+        value = labelled.label[train]
+        spread = max(float(value.std(correction=0)), 1e-6)
+        options |= {
+            "bands": list(labelled.sensor.names),
+            "sensor": {"name": labelled.sensor.name, **to_table(labelled.sensor)},
+        }
+        options |= {"mean": [float(value.mean())], "std": [spread]}
+    else:
+        options |= {"classes": _classes(labelled), "multilabel": kind == "labels"}
     if data.level == "pixel":
         options |= {"gsd_m": labelled.gsd_m}
-    return {"name": f"classify/{data.level}", "options": {**options, **row.finetune.get("task", {}).get("options", {})}}
+    name = f"{'regress' if kind == 'values' else 'classify'}/{data.level}"
+    return {"name": name, "options": {**options, **row.finetune.get("task", {}).get("options", {})}}
+
+
+def _classes(labelled: Labelled) -> Any:
+    """Names by code of one class of several, names of bands of several at once."""
+    bands = labelled.sensor.bands
+    return (
+        list(labelled.classes)
+        if len(bands) > 1
+        else {str(code): name for code, name in sorted((bands[0].classes or {}).items())}
+    )
 
 
 @torch.no_grad()
 def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kind: str) -> Tensor:
     """Probabilities of labelled samples, in their order."""
     encoder, task = encoder.eval(), task.eval()
-    images = []
+    images: list[Tensor] = []
     for batch in in_order(Shown(part), 16):
         raster = task.predict(task.features(encoder, batch), batch)
-        images += list(torch.where(raster.valid, raster.values, 1.0 / raster.values.shape[1]))
-    at = labelled.at
-    return torch.stack([images[p][:, y, x] for p, (y, x) in zip(labelled.place.tolist(), at.tolist(), strict=True)])
+        # Where nothing was seen, no class is likelier than another, and a value is that of the whole place.
+        unseen = raster.values.mean() if kind == "values" else 1.0 / raster.values.shape[1]
+        images += list(torch.where(raster.valid, raster.values, unseen))
+    where = zip(labelled.place.tolist(), labelled.at.tolist(), strict=True)
+    found = torch.stack([images[place][:, y, x] for place, (y, x) in where])
+    return found[:, 0] if kind == "values" else found
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------

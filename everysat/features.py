@@ -19,6 +19,7 @@ from everysat.data.batches import Dataset, prefetch
 from everysat.manifest import fingerprint
 from everysat.nn.draws import generator
 from everysat.polygons import dense
+from everysat.sensors import Sensor
 from everysat.types import Batch, ContractError, Encoder, Raster
 
 LEVELS = ("place", "pixel")
@@ -38,6 +39,7 @@ class Labelled:
     at: Tensor
     classes: tuple[str, ...]
     gsd_m: float
+    sensor: Sensor
 
     def __len__(self) -> int:
         return len(self.label)
@@ -89,7 +91,7 @@ class Part:
             raise ValueError(f"no place has a label in layer {self.target!r}")
         values, place_of, at = (torch.cat(part) for part in zip(*found, strict=True))
         label, classes = _coded(layer, values)
-        return Labelled(label, place_of, at, classes, layer.gsd_m)
+        return Labelled(label, place_of, at, classes, layer.gsd_m, layer.sensor)
 
     def _of_place(self, layer: Raster, index: int) -> tuple[Tensor, Tensor, Tensor]:
         seen = layer.valid[0].all(0).nonzero()

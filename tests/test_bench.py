@@ -203,6 +203,52 @@ def test_models_are_probed_pretrained_and_fine_tuned(tmp_path, crops):
     assert len(list(Path(tmp_path / "pretrained").iterdir())) == 1
 
 
+def test_values_are_fine_tuned_in_their_unit(tmp_path):
+    fuel_moisture.fake(tmp_path / "fuel")
+    row = {
+        "model": {"name": "omnisat/", "statistics": "data", "options": {**SMALL, "skip": True}},
+        "how": ["finetune"],
+        "finetune": {"steps": 40, "batch_size": 8, "lr": 3e-3},
+    }
+    asked = suite(
+        tmp_path / "fuel",
+        tmp_path / "out",
+        {"scratch": row},
+        name="fuel_moisture",
+        labels=["100%"],
+        score=["rmse", "r2"],
+    )
+    (result,) = bench.run(asked, quiet=True)
+    assert "error" not in result.facts
+    labelled = bench.Fold(asked.datasets["set"], 0).labelled["test"].label
+    assert result.evaluations["100%"].score("rmse").mean < 2 * float(labelled.std())
+    assert float(labelled.mean()) > 20, "values that are not standard, so that predictions have to be in their unit"
+
+
+def test_classes_keep_their_codes_in_fine_tuning(tmp_path):
+    """Codes of PASTIS begin at 0 with what is no crop and leave some out; the head is told each by its code."""
+    pastis.fake(tmp_path / "pastis")
+    row = {
+        "model": {
+            "name": "omnisat/",
+            "statistics": "data",
+            "options": {**SMALL, "patch_m": 20, "grid": 4, "modalities": "data", "skip": True},
+        },
+        "how": ["finetune"],
+        "finetune": {"steps": 2, "batch_size": 2},
+    }
+    data = {"options": {"root": str(tmp_path / "pastis"), "modalities": ["s2"]}, "level": "pixel", "per_place": 20}
+    asked = suite(
+        tmp_path / "pastis", tmp_path / "out", {"scratch": row}, name="pastis", labels=["100%"], score=["miou"], **data
+    )
+    fold = bench.Fold(asked.datasets["set"], 0)
+    every = torch.ones(len(fold.labelled["train"]), dtype=torch.bool)
+    task = bench._task(asked.datasets["set"], "classes", fold.labelled["train"], asked.models["scratch"], every)
+    assert task["options"]["classes"] == {str(c): n for c, n in fold.labelled["train"].sensor.bands[0].classes.items()}
+    (result,) = bench.run(asked, quiet=True)
+    assert "error" not in result.facts, result.facts
+
+
 def test_fine_tuning_begins_with_the_pre_trained_weights(tmp_path, crops):
     model = {"name": "omnisat/", "statistics": "data", "options": SMALL}
     pretrain = {

@@ -30,10 +30,12 @@ def build_head(
     local: Sequence[str] = (),
     dim: int | None = None,
 ) -> PlaceHead | PixelHead:
-    """A head for one value set per ``place`` or per ``pixel``; the latter needs ``gsd_m`` and ``token_size_m``. ``dim`` is the width of
+    """A head for one value set per ``place`` or per ``pixel``; the latter needs ``gsd_m``, and ``token_size_m`` where the encoder does not say it. ``dim`` is the width of
     the features where it is not the encoder's."""
     dim = encoder.dim if dim is None else dim
     if level == "pixel":
+        if token_size_m is None:
+            token_size_m = getattr(getattr(encoder, "settings", None), "token_m", None)
         if gsd_m is None or token_size_m is None:
             raise ValueError(
                 "level 'pixel' needs gsd_m (pixel of the target) and token_size_m (side of the tokens), metres"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everysat.nn.heads import PixelHead, PlaceHead, aligned, build_head
 from everysat.nn.losses import loss
-from everysat.sensors import Sensor
+from everysat.sensors import Sensor, from_table
 from everysat.sensors import get as get_sensor
 from everysat.types import Batch, Encoder, Features, Raster, Task
 
@@ -78,7 +78,7 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     target: str = "label",
-    sensor: str = "",
+    sensor: str | Mapping[str, Any] = "",
     head: str = "norm",
     loss: str = "mse",
     loss_options: Mapping[str, Any] | None = None,
@@ -90,7 +90,7 @@ def build(
 
     Args:
         variant: ``place`` (from the summary) or ``pixel`` (each token gives the pixels that it covers).
-        bands: the target's :class:`Sensor`, or names of bands of the sensor called ``sensor``.
+        bands: the target's :class:`Sensor`, or names of bands of ``sensor``: a name, or a table as in ``everysat/sensors/*.toml`` with a ``name``.
         mean, std: of the target per band in its unit, from the training labels; 0 and 1 when not given.
         target: name of the layer that holds the labels.
         loss: ``mse`` or ``huber`` (``loss_options={"delta": ...}``), on standardised values.
@@ -105,7 +105,9 @@ def build(
     if not isinstance(bands, Sensor):
         if not sensor:
             raise ValueError(f"bands={bands!r} are names: say of which sensor with sensor=...")
-        bands = get_sensor(sensor).select([bands] if isinstance(bands, str) else bands)
+        table = dict(sensor) if isinstance(sensor, Mapping) else None
+        whole = get_sensor(str(sensor)) if table is None else from_table(table.pop("name"), table)
+        bands = whole.select([bands] if isinstance(bands, str) else bands)
     n = len(bands.bands)
     statistics = {"mean": [0.0] * n if mean is None else list(mean), "std": [1.0] * n if std is None else list(std)}
     for name, values in statistics.items():
@@ -114,7 +116,7 @@ def build(
     if min(statistics["std"]) <= 0:
         raise ValueError(f"std={statistics['std']} must be positive")
     config = {
-        "variant": variant, "bands": list(bands.names), "sensor": bands.name, "target": target, "head": head, "loss": loss,
+        "variant": variant, "bands": list(bands.names), "sensor": dict(sensor) if isinstance(sensor, Mapping) else bands.name, "target": target, "head": head, "loss": loss,
         "loss_options": dict(loss_options or {}), "gsd_m": gsd_m, "token_size_m": token_size_m, "local": list(local), **statistics,
     }  # fmt: skip
     chosen = build_head(variant, head, encoder, n, gsd_m=gsd_m, token_size_m=token_size_m, local=local)
