@@ -37,7 +37,7 @@ from everysat.sensors import to_table
 from everysat.suite import Cell, Contender, Data, Suite, amount
 from everysat.train import train
 from everysat.trainee import build_encoder
-from everysat.types import Batch, Encoder, Task
+from everysat.types import Batch, Encoder, Raster, Task
 
 PARTS = ("train", "val", "test")
 STRIDE = 10_000_000
@@ -235,13 +235,17 @@ def _baseline(row: Contender, data: Data, fold: Fold) -> Callable[[Batch], Tenso
         raise LookupError(
             f"baseline={row.baseline!r} is unknown for {data.level}s. {suggest(row.baseline, {**PLACE, **PIXEL})}"
         )
-    gsd_m = options.pop("gsd_m", None) or fold.labelled["train"].gsd_m
+    gsd_m = options.pop("gsd_m", None) or (_finest_m(fold) if data.level == "place" else fold.labelled["train"].gsd_m)
     made = PIXEL[row.baseline](gsd_m=gsd_m, **options)
     if isinstance(made, baselines.RandomConvolutions):
         shown = Shown(fold.parts["train"])
         some = [shown[i] for i in np.linspace(0, len(shown) - 1, min(64, len(shown))).astype(int)]
         made = made.fit(Batch.cat(some), torch.Generator().manual_seed(0))
     return baselines.Pooled(made) if data.level == "place" else made
+
+
+def _finest_m(fold: Fold) -> float:
+    return min(layer.gsd_m for layer in Shown(fold.parts["train"])[0].layers.values() if isinstance(layer, Raster))
 
 
 def _features(

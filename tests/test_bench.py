@@ -203,6 +203,16 @@ def test_models_are_probed_pretrained_and_fine_tuned(tmp_path, crops):
     assert len(list(Path(tmp_path / "pretrained").iterdir())) == 1
 
 
+def test_features_of_pixels_are_pooled_over_places(tmp_path):
+    bigearthnet.fake(tmp_path / "ben")
+    models = {"convolutions": {"baseline": "convolutions", "options": {"filters": 4}}, "bands": {"baseline": "bands"}}
+    asked = suite(
+        tmp_path / "ben", tmp_path / "out", models, name="bigearthnet", score=["micro_f1"], modalities={"s2": ["s2"]}
+    )
+    convolutions, bands = bench.run(asked, quiet=True)
+    assert (convolutions.facts.get("dim"), bands.facts.get("dim")) == (8, 12), (convolutions.facts, bands.facts)
+
+
 def test_values_are_fine_tuned_in_their_unit(tmp_path):
     fuel_moisture.fake(tmp_path / "fuel")
     row = {
