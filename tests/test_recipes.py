@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from everysat.find import find
-from everysat.models import anysat, weights
+from everysat.models import anysat, simplesat, weights
 from everysat.recipe import SHIPPED, Recipe
 from everysat.train import train
 
 SMALL = {"dim": 64, "depth": 1, "heads": 4}
 SMALL_RAMEN = {**SMALL, "time_heads": 4, "key_dim": 4}
+SMALL_SIMPLE = {k: list(v) if isinstance(v, tuple) else v for k, v in simplesat.NANO.items()}
 FINE = (
     "anysat_treesatai",
     "anysat_pastis_classify",
@@ -25,15 +26,18 @@ FINE = (
     "anysat_sickle",
     "anysat_timesen2crop",
     "ramen_pastis",
+    "simplesat_pastis",
 )
 PRE = ("anysat_geoplex", "ramen_pretrain")
+ALONE = ("simplesat_pretrain",)
 ON_REAL_DATA = ("berlin", "anysat_berlin", "anysat_joint", "anysat_new_sensor", "ramen_berlin", "atomizer_berlin")
 
 
 def small(name: str, folder, *overrides: str) -> Recipe:
     """The recipe with its datasets replaced by made-up ones, for one step."""
     recipe = Recipe.load(name)
-    sizes = SMALL_RAMEN if recipe.model.name.startswith("ramen") else SMALL
+    family = recipe.model.name.split("/")[0]
+    sizes = {"ramen": SMALL_RAMEN, "simplesat": SMALL_SIMPLE}.get(family, SMALL)
     options = [f"model.options.{k}={v}" for k, v in sizes.items()]
     for part in ("data", "validation"):
         for number, source in enumerate(getattr(recipe, part)):
@@ -79,8 +83,21 @@ def test_pre_training_runs_on_several_published_datasets(name, folder) -> None:
     assert len({key for row in run.log for key in row if key.startswith("loss_")}) >= min(3, len(sources))
 
 
+def test_simplesat_pretrain_gives_weights_that_fine_tuning_takes(folder) -> None:
+    before = train(small("simplesat_pretrain", folder, "objective.options.cells=32"), restart=True, quiet=True)
+    assert before.log[-1]["loss"] > 0
+    root = folder / "pastis"
+    recipe = small("simplesat_pastis", folder, f"model.weights={before.weights}", f"out={folder / 'fine'}", "lr=1e-9")
+    assert all(source.options["root"] == str(root) for source in recipe.data)
+    after = train(recipe.changed(model={**recipe.model.model_dump(), "options": {}}), restart=True, quiet=True)
+    learned = weights.load(before.weights)
+    assert after.encoder.inputs == learned.inputs
+    for name, parameter in after.encoder.named_parameters():
+        torch.testing.assert_close(parameter, dict(learned.named_parameters())[name], rtol=0, atol=1e-6)
+
+
 def test_every_recipe_is_tested_here_or_on_real_data() -> None:
-    assert {f.stem for f in SHIPPED.glob("*.yaml")} == {*FINE, *PRE, *ON_REAL_DATA}
+    assert {f.stem for f in SHIPPED.glob("*.yaml")} == {*FINE, *PRE, *ALONE, *ON_REAL_DATA}
 
 
 def test_a_new_sensor_learns_and_the_rest_stays(folder) -> None:
