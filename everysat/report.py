@@ -241,7 +241,7 @@ def intervals_figure(rows: Mapping[str, Mapping[str, Any]], *, x: str) -> Any:
         axis.errorbar(means, at, xerr=bars, fmt="o", markersize=4, capsize=2, elinewidth=1.1, color=colour, label=name)
     axis.set_yticks([-i for i in range(len(rows))], list(rows), fontsize=8.5)
     axis.set_xlabel(x)
-    axis.legend(frameon=False, fontsize=8.5)
+    fig.legend(loc="outside upper right", ncols=len(names), frameon=False, fontsize=8.5)
     return fig
 
 
