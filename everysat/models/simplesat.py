@@ -162,7 +162,8 @@ class SimpleSat(Encoder):
             maps = network.decoded(deep, skips)[..., : ready.size[0], : ready.size[1]]
             return *self._on_grid(maps, ready.ever, modality.gsd_m, size_m), ready.places
         image = cast(ImageNet, self.projectors[name])
-        maps, seen = self._on_grid(*image(ready.values, ready.seen), modality.gsd_m * image.stride, size_m)
+        maps, seen = image(ready.values, ready.seen)
+        maps, seen = self._on_grid(maps, seen, modality.gsd_m * image.stride, size_m)
         return *_mean(maps, seen, ready), ready.places
 
     def _on_grid(
