@@ -94,6 +94,15 @@ def test_fusion_reads_the_tokens_of_its_cell_alone(generator) -> None:
     assert (full - alone).abs().max() > 1e-4
 
 
+def test_layers_that_are_not_there_equal_a_model_that_does_not_know_them(generator) -> None:
+    encoder = model()
+    one = model(modalities={"s1": simplesat.VARIANTS["nano"]["modalities"]["s1"]})
+    mine = {name: tensor for name, tensor in encoder.state_dict().items() if name in one.state_dict()}
+    one.load_state_dict({**mine, "code": encoder.code[list(encoder.inputs).index("s1")][None]})
+    batch = place(encoder, generator)
+    torch.testing.assert_close(encoder.embed(batch.only("s1")).mean, one.embed(batch).mean)
+
+
 def test_layers_are_told_apart_where_they_say_the_same(generator) -> None:
     encoder = model()
     with torch.no_grad():

@@ -102,6 +102,8 @@ def test_pre_training_is_info_nce_of_every_pair_of_modalities(generator) -> None
     encoder = given(generator)
     objective = build(encoder=encoder, cells=16, tau=0.1)
     assert objective(encoder, Batch(()), generator)["loss"].item() == pytest.approx(pairwise(encoder), rel=1e-4)
+    more = Given(encoder.x, encoder.index, names=("a", "b", "c", "a layer that no place has"))
+    assert objective(more, Batch(()), generator)["loss"].item() == pytest.approx(pairwise(encoder), rel=1e-4)
     shuffle = torch.randperm(len(encoder.x), generator=generator)
     other = Given(encoder.x[shuffle], encoder.index[shuffle])
     assert objective(other, Batch(()), generator)["loss"].item() == pytest.approx(pairwise(encoder), rel=1e-4)
@@ -121,6 +123,16 @@ def test_so_many_cells_of_each_place_are_drawn_anew_each_time(generator) -> None
     kept = {tuple(encoder.index[i, 1:].tolist()) for i in draws[0].max(1).values.tolist()}
     loss = objective(encoder, Batch(()), torch.Generator().manual_seed(0))["loss"]
     assert loss.item() == pytest.approx(pairwise(encoder, kept), rel=1e-4)
+
+
+def test_cells_are_drawn_all_over_the_place(generator) -> None:
+    encoder = given(generator, share=1.0)
+    objective = build(encoder=encoder, cells=4)
+    slot = objective._drawn(encoder, encoder.tokenize(None), generator)
+    for row in range(3):
+        at = encoder.index[slot[:, 0]][encoder.index[slot[:, 0]][:, 1] == row, 2:]
+        assert len(at[:, 0].unique()) > 1
+        assert len(at[:, 1].unique()) > 1
 
 
 def test_a_place_draws_the_same_cells_whatever_lies_beside_it(generator) -> None:
