@@ -30,6 +30,7 @@ from everysat.evaluate import Draw, Evaluation, Samples, evaluate
 from everysat.features import Cache, Labelled, Part, extract, state_hash
 from everysat.find import suggest
 from everysat.manifest import environment
+from everysat.models import weights
 from everysat.nn.draws import key, stream
 from everysat.progress import Progress
 from everysat.recipe import Recipe, RecipeError
@@ -190,6 +191,7 @@ def _model(suite: Suite, cell: Cell, fold: Fold, number: int, seconds: list[floa
     if row.baseline:
         return _baseline(row, data, fold)
     assert row.model is not None
+    _refuse_missing(row.model.weights)
     seen = Shown(fold.parts["train"])
     recipe = {"name": "bench", "model": row.model.model_dump(), "data": [{"name": data.name}], "steps": 1}
     if row.pretrain is None:
@@ -208,6 +210,14 @@ def _pretrained(suite: Suite, cell: Cell, fold: int) -> Path:
     """The folder of the run that pre-trains on the training places of a fold."""
     name = f"{cell.dataset}-{cell.model}-{cell.modalities}-{fold}"
     return suite.folder / "pretrained" / name.replace(" ", "_").replace("/", "_")
+
+
+def _refuse_missing(name: str | None) -> None:
+    """Elsewhere a name without weights means a fresh model and a warning; in a table it would be a number under a false name."""
+    if name and not Path(name).is_file() and not weights.installed(name).is_file():
+        raise FileNotFoundError(
+            f"weights={name!r} is no file, and none are installed under that name: everysat convert {name} FILE"
+        )
 
 
 class Shown:
@@ -363,15 +373,19 @@ def _classes(labelled: Labelled) -> Any:
 def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kind: str) -> Tensor:
     """Probabilities of labelled samples, in their order."""
     encoder, task = encoder.eval(), task.eval()
-    images: list[Tensor] = []
+    found, numbers, first = [], [], 0
     for batch in in_order(Shown(part), 16):
         raster = task.predict(task.features(encoder, batch), batch)
         # Where nothing was seen, no class is likelier than another, and a value is that of the whole place.
         unseen = raster.values.mean() if kind == "values" else 1.0 / raster.values.shape[1]
-        images += list(torch.where(raster.valid, raster.values, unseen))
-    where = zip(labelled.place.tolist(), labelled.at.tolist(), strict=True)
-    found = torch.stack([images[place][:, y, x] for place, (y, x) in where])
-    return found[:, 0] if kind == "values" else found
+        values = torch.where(raster.valid, raster.values, unseen)
+        mine = ((labelled.place >= first) & (labelled.place < first + len(batch))).nonzero()[:, 0]
+        y, x = labelled.at[mine].T
+        found.append(values[labelled.place[mine] - first, :, y, x])
+        numbers.append(mine)
+        first += len(batch)
+    said = torch.cat(found)[torch.cat(numbers).argsort()]
+    return said[:, 0] if kind == "values" else said
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from everysat.types import Batch, ContractError, Encoder, Raster
 
 LEVELS = ("place", "pixel")
 BATCH = 32
+VALUES, PIXELS = 2**26, 2**18
+"""What is read of the places of a batch, and pixels whose features are held at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Part:
             self._hash = fingerprint(self.dataset)
         return self._hash
 
-    def batches(self) -> Iterable[list[Batch]]:
-        work = [range(at, min(at + BATCH, len(self))) for at in range(0, len(self), BATCH)]
+    def batches(self, size: int = BATCH) -> Iterable[list[Batch]]:
+        work = [range(at, min(at + size, len(self))) for at in range(0, len(self), size)]
         return prefetch(lambda some: [self.dataset[i] for i in some], work, workers=1)
 
     def labelled(self) -> Labelled:
@@ -138,7 +140,7 @@ def extract(model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: La
     order = torch.argsort(labelled.place, stable=True)
     ends = torch.searchsorted(labelled.place[order], torch.arange(len(part) + 1))
     index = 0
-    for places in part.batches():
+    for places in part.batches(_at_once(part, labelled, level)):
         batch = Batch.cat([*always, *(part.shown(place) for place in places)])
         rows = _rows(model, batch, level, labelled.gsd_m)[len(always) :]
         for row, place in zip(rows, places, strict=True):
@@ -152,6 +154,14 @@ def extract(model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: La
     for mine, features in found:
         x[mine] = features.float()
     return Extracted(x, time.perf_counter() - start)
+
+
+def _at_once(part: Part, labelled: Labelled, level: str) -> int:
+    """How many places are computed together: places of 0.2 m or of many dates are large, and more so their features."""
+    layers = part.shown(part.dataset[0]).layers.values()
+    values = sum(layer.values.numel() for layer in layers if isinstance(layer, Raster))
+    pixels = (int(labelled.at.max()) + 1) ** 2 if level == "pixel" else 1
+    return max(1, min(BATCH, VALUES // max(values, 1), PIXELS // pixels))
 
 
 def _rows(model: Any, batch: Batch, level: str, gsd_m: float) -> Tensor:

@@ -291,3 +291,33 @@ def test_a_model_that_is_shown_none_of_its_layers_is_refused(tmp_path, crops):
     )
     assert "ContractError" in result.facts["error"]
     assert "the model takes other" in result.facts["error"]
+
+
+def test_weights_that_are_not_installed_are_no_fresh_model(tmp_path, crops):
+    (result,) = bench.run(
+        suite(crops, tmp_path, {"Presto": {"model": {"name": "presto/base", "weights": "presto/base"}}}), quiet=True
+    )
+    assert "weights='presto/base' is no file, and none are installed" in result.facts["error"]
+    assert "everysat convert presto/base FILE" in result.facts["error"]
+
+
+def test_large_places_are_computed_few_at_a_time(tmp_path, monkeypatch):
+    pastis.fake(tmp_path / "pastis")
+    asked = suite(tmp_path / "pastis", tmp_path / "out", {"bands": {"baseline": "bands"}}, name="pastis", level="pixel")
+    asked.datasets["set"].options["modalities"] = ["s2"]
+    fold = bench.Fold(asked.datasets["set"], 0)
+    part, labelled = fold.parts["train"], fold.labelled["train"]
+    seen = []
+
+    def bands(batch):
+        seen.append(len(batch))
+        return batch.raster("s2").values[
+            batch.raster("s2").row.unique(return_inverse=True)[1].diff(prepend=torch.tensor([-1])) > 0
+        ]
+
+    together = extract(bands, part, labelled, "pixel")
+    first, seen = seen, []
+    monkeypatch.setattr("everysat.features.PIXELS", 128 * 128)
+    alone = extract(bands, part, labelled, "pixel")
+    assert max(seen) < max(first)
+    assert torch.equal(together.x, alone.x)
