@@ -26,7 +26,9 @@ def python_blocks(page: Path) -> str:
     return "\n".join(kept)
 
 
-@pytest.mark.parametrize("name", ["index.md", "tutorial.md", "places.md", "datasets.md", "evaluation.md", "anysat.md", "any_sensor.md"])
+@pytest.mark.parametrize(
+    "name", ["index.md", "tutorial.md", "places.md", "datasets.md", "evaluation.md", "anysat.md", "any_sensor.md"]
+)
 def test_the_python_of_a_page_runs(name: str) -> None:
     source = python_blocks(REPO / "docs" / name)
     assert source.strip()
