@@ -27,7 +27,7 @@ from everysat.data.batches import Subset, in_order
 from everysat.data.catalogue import dataset
 from everysat.data.split import label_fraction
 from everysat.evaluate import Draw, Evaluation, Samples, evaluate
-from everysat.features import Cache, Labelled, Part, extract, state_hash
+from everysat.features import Cache, Labelled, Part, at_once, extract, state_hash
 from everysat.find import suggest
 from everysat.manifest import environment
 from everysat.models import weights
@@ -374,7 +374,7 @@ def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kin
     """Probabilities of labelled samples, in their order."""
     encoder, task = encoder.eval(), task.eval()
     found, numbers, first = [], [], 0
-    for batch in in_order(Shown(part), 16):
+    for batch in in_order(Shown(part), min(16, at_once(part, labelled))):
         raster = task.predict(task.features(encoder, batch), batch)
         # Where nothing was seen, no class is likelier than another, and a value is that of the whole place.
         unseen = raster.values.mean() if kind == "values" else 1.0 / raster.values.shape[1]

@@ -140,7 +140,7 @@ def extract(model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: La
     order = torch.argsort(labelled.place, stable=True)
     ends = torch.searchsorted(labelled.place[order], torch.arange(len(part) + 1))
     index = 0
-    for places in part.batches(_at_once(part, labelled, level)):
+    for places in part.batches(at_once(part, labelled)):
         batch = Batch.cat([*always, *(part.shown(place) for place in places)])
         rows = _rows(model, batch, level, labelled.gsd_m)[len(always) :]
         for row, place in zip(rows, places, strict=True):
@@ -156,11 +156,11 @@ def extract(model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: La
     return Extracted(x, time.perf_counter() - start)
 
 
-def _at_once(part: Part, labelled: Labelled, level: str) -> int:
+def at_once(part: Part, labelled: Labelled) -> int:
     """How many places are computed together: places of 0.2 m or of many dates are large, and more so their features."""
     layers = part.shown(part.dataset[0]).layers.values()
     values = sum(layer.values.numel() for layer in layers if isinstance(layer, Raster))
-    pixels = (int(labelled.at.max()) + 1) ** 2 if level == "pixel" else 1
+    pixels = (int(labelled.at.max()) + 1) ** 2
     return max(1, min(BATCH, VALUES // max(values, 1), PIXELS // pixels))
 
 

@@ -50,6 +50,11 @@ PART = {
 """A cell of each suite that takes about a second."""
 
 
+EXPECTED = {"anysat: Sen1Floods11 / AnySat": "every observation needs a date"}
+"""Cells, by how their names begin, that fail on made-up data, and the reason: one of its floods has no date in the metadata, and AnySat reads series by
+their dates."""
+
+
 @cache
 def _shipped(name: str) -> Suite:
     return Suite.load(name)
@@ -160,7 +165,11 @@ def test_every_cell_of_a_suite_has_a_score(name, title, fakes, tmp_path) -> None
     results = bench.run(suite, quiet=True)
     assert [str(r.cell) for r in results] == [str(cell) for cell in _shipped(name).cells() if cell.dataset == title]
     for result in results:
-        _has_score(suite, result)
+        reason = next((r for begin, r in EXPECTED.items() if f"{name}: {result.cell}".startswith(begin)), "")
+        if reason:
+            assert reason in result.facts["error"]
+        else:
+            _has_score(suite, result)
     (table,) = tables(suite, results)
     assert len(table.rows) == len(results) + len(suite.datasets[title].published)
 
