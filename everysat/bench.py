@@ -104,7 +104,7 @@ def run(suite: Suite, *, only: str = "", jobs: int = 1, restart: bool = False, q
     its error and does not stop the others.
 
     Args:
-        jobs: processes that share the cells. restart: compute everything anew.
+        jobs: processes that share the cells. restart: evaluate all cells anew; features, kept under a hash of what they depend on, and finished training runs stay.
     """
     every = [cell for cell in suite.cells() if only in str(cell)]
     if not every:
@@ -208,7 +208,12 @@ def _model(suite: Suite, cell: Cell, fold: Fold, number: int, seconds: list[floa
 
 def _pretrained(suite: Suite, cell: Cell, fold: int) -> Path:
     """The folder of the run that pre-trains on the training places of a fold."""
-    name = f"{cell.dataset}-{cell.model}-{cell.modalities}-{fold}"
+    row = suite.models[cell.model]
+    data = suite.datasets[cell.dataset]
+    asked = (
+        key(repr((data.options, data.folds[fold], row.model, row.pretrain))) % 16**8
+    )  # another recipe, another folder
+    name = f"{cell.dataset}-{cell.model}-{cell.modalities}-{fold}-{asked:08x}"
     return suite.folder / "pretrained" / name.replace(" ", "_").replace("/", "_")
 
 
@@ -304,7 +309,6 @@ def _finetuning(
             file = _pretrained(suite, cell, number // suite.seeds) / "weights.safetensors"
             model = {"name": model["name"], "weights": str(file)}
         indices = [group - fold.offset for group in draw[0]]
-        name = f"{cell.file}-{len(indices)}-{number}"
         tree = {
             **suite.finetune,
             **row.finetune,
@@ -320,8 +324,9 @@ def _finetuning(
             ),
             "seed": number % suite.seeds,
             "checkpoint_every": 0,
-            "out": str(suite.folder / "runs" / name),
         }
+        name = f"{cell.file}-{len(indices)}-{number}-{key(repr(tree)) % 16**8:08x}"
+        tree["out"] = str(suite.folder / "runs" / name)
         run = train(
             Recipe.parse(tree, where=f"models.{cell.model}.finetune"),
             data=[Subset(Kept(fold.parts["train"]), indices)],

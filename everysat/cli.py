@@ -291,7 +291,7 @@ def bench(
     settings: Settings = None,
     only: Annotated[str, typer.Option(help="only cells whose name contains this, such as 'OmniSat' or '/ s2 /'")] = "",
     jobs: Annotated[int, typer.Option(help="processes that share the cells")] = 1,
-    restart: Annotated[bool, typer.Option(help="compute everything anew")] = False,
+    restart: Annotated[bool, typer.Option(help="evaluate all cells anew; features and finished runs are kept")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare models on datasets, label fractions and sensors: tables, CSV and a report. Interrupted, the same command goes on."""

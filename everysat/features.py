@@ -143,13 +143,12 @@ def extract(model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: La
     for places in part.batches(at_once(part, labelled)):
         batch = Batch.cat([*always, *(part.shown(place) for place in places)])
         rows = _rows(model, batch, level, labelled.gsd_m)[len(always) :]
-        for row, place in zip(rows, places, strict=True):
+        for row in rows:
             mine = order[ends[index] : ends[index + 1]]
             if len(mine):
                 at = labelled.at[mine]
                 found.append((mine, row[None].expand(len(mine), -1) if row.ndim == 1 else row[:, at[:, 0], at[:, 1]].T))
             index += 1
-            del place
     x = torch.empty(len(labelled), found[0][1].shape[1])
     for mine, features in found:
         x[mine] = features.float()

@@ -196,17 +196,8 @@ class Recipe(Strict):
         Raises:
             RecipeError: the message names each wrong entry. FileNotFoundError: no such file or name.
         """
-        file = Path(path)
-        if not file.is_file():
-            known = [f.stem for f in SHIPPED.glob("*.yaml")]
-            if str(path) not in known:
-                raise FileNotFoundError(f"no recipe file {path}. {suggest(str(path), known)}")
-            file = SHIPPED / f"{path}.yaml"
-        try:
-            tree = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{file} is not valid YAML: {error}") from error
-        return cls.parse(tree, overrides, where=str(file))
+        tree, where = page(path, SHIPPED, "recipe")
+        return cls.parse(tree, overrides, where=where)
 
     @classmethod
     def parse(cls, tree: Any, overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
@@ -237,6 +228,24 @@ class Recipe(Strict):
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, path)
         return text
+
+
+def page(path: str | Path, shipped: Path, what: str) -> tuple[Any, str]:
+    """The content of a YAML file, or of one in the folder ``shipped`` by its name, and where it lies.
+
+    Raises:
+        FileNotFoundError: no such file or name. RecipeError: it is no YAML.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = [f.stem for f in shipped.glob("*.yaml")]
+        if str(path) not in known:
+            raise FileNotFoundError(f"no {what} file {path}. {suggest(str(path), known)}")
+        file = shipped / f"{path}.yaml"
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), Loader=Loader), str(file)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not valid YAML: {error}") from error
 
 
 def settings(given: Iterable[str]) -> dict[str, Any]:

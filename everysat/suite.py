@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from everysat.find import suggest
-from everysat.recipe import Loader, Model, Named, RecipeError, Strict, explain, with_override
+from everysat.recipe import Model, Named, RecipeError, Strict, explain, page, with_override
 
 SHIPPED = Path(__file__).parent / "suites"
 HOW = ("probe", "knn", "forest", "finetune")
@@ -122,17 +120,8 @@ class Suite(Strict):
         Raises:
             RecipeError: the message names each wrong entry. FileNotFoundError: no such file or name.
         """
-        file = Path(path)
-        if not file.is_file():
-            known = [f.stem for f in SHIPPED.glob("*.yaml")]
-            if str(path) not in known:
-                raise FileNotFoundError(f"no suite file {path}. {suggest(str(path), known)}")
-            file = SHIPPED / f"{path}.yaml"
-        try:
-            tree = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{file} is not valid YAML: {error}") from error
-        return cls.parse(tree, overrides, where=str(file))
+        tree, where = page(path, SHIPPED, "suite")
+        return cls.parse(tree, overrides, where=where)
 
     @classmethod
     def parse(cls, tree: Any, overrides: Iterable[str] = (), *, where: str = "suite") -> Suite:

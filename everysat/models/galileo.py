@@ -40,6 +40,7 @@ from everysat.nn.monthly import (
     Role,
     contract,
     months,
+    seasons,
 )
 from everysat.nn.ragged import side_by_side
 from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Tokens
@@ -128,7 +129,7 @@ class Galileo(Encoder):
         self.channel = nn.Parameter(torch.zeros(len(GROUPS), dim // 4))
         self.location_channel = nn.Parameter(torch.zeros(dim // 4))
         self.register_buffer("position", _slow_sinusoid(torch.arange(config.steps), dim // 4))
-        self.register_buffer("month", _seasons(dim // 4))
+        self.register_buffer("month", seasons(dim // 4))
         rates = {"drop_path": config.drop_path, "eps": 1e-5}
         self.blocks = nn.ModuleList(Block(dim, config.heads, **rates) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
@@ -301,12 +302,6 @@ def _slow_sinusoid(position: Tensor, dim: int) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(dim // 2, device=position.device) / (2 * dim))
     angle = position[..., None] * frequency
     return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-def _seasons(dim: int) -> Tensor:
-    """Codes [12, dim] of months: the sine of its angle in the year in one half, the cosine in the other."""
-    angle = torch.arange(12, dtype=torch.float64) * torch.pi / 6
-    return torch.cat([wave[:, None].expand(-1, dim // 2) for wave in (angle.sin(), angle.cos())], 1).float()
 
 
 def _initialise(module: nn.Module) -> None:

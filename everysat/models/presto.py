@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from everysat.find import suggest
 from everysat.nn.attention import Block
 from everysat.nn.location import cartesian, check
-from everysat.nn.monthly import CHANNELS, GROUPS, TERRAIN, WEATHER, WIDTHS, MonthlyConfig, Months, contract, months
+from everysat.nn.monthly import (
+    CHANNELS,
+    GROUPS,
+    TERRAIN,
+    WEATHER,
+    WIDTHS,
+    MonthlyConfig,
+    Months,
+    contract,
+    months,
+    seasons,
+)
 from everysat.nn.position import sinusoid
 from everysat.nn.ragged import side_by_side
 from everysat.types import ALWAYS, Batch, Coords, Encoder, Features, Place, Tokens
@@ -74,7 +85,7 @@ class Presto(Encoder):
         self.location = nn.Linear(3, config.dim)
         self.channel = nn.Parameter(torch.randn(len(GROUPS), config.dim // 4))
         self.register_buffer("position", sinusoid(torch.arange(config.steps), config.dim // 2, 1000.0))
-        self.register_buffer("month", _seasons(config.dim // 4))
+        self.register_buffer("month", seasons(config.dim // 4))
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, eps=1e-5) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
         self.apply(_initialise)
@@ -200,12 +211,6 @@ class Presto(Encoder):
         mean = (z * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
         out: Tensor = self.norm(mean)
         return out
-
-
-def _seasons(dim: int) -> Tensor:
-    """Codes [12, dim] of months: the sine of its angle in the year in one half, the cosine in the other."""
-    angle = torch.arange(12, dtype=torch.float64) * torch.pi / 6
-    return torch.cat([wave[:, None].expand(-1, dim // 2) for wave in (angle.sin(), angle.cos())], 1).float()
 
 
 def _initialise(module: nn.Module) -> None:

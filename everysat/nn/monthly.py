@@ -346,3 +346,9 @@ def _start(month: Tensor) -> Tensor:
 def _days(month: Tensor) -> Tensor:
     """Length of months since January 1970, in days."""
     return ((_start(month + 1) - _start(month)) / DAY_S).float()
+
+
+def seasons(dim: int) -> Tensor:
+    """Codes [12, dim] of months: the sine of its angle in the year in one half, the cosine in the other."""
+    angle = torch.arange(12, dtype=torch.float64) * torch.pi / 6
+    return torch.cat([wave[:, None].expand(-1, dim // 2) for wave in (angle.sin(), angle.cos())], 1).float()
