@@ -1,0 +1,5 @@
+"""``python -m everysat.cli``."""
+
+from everysat.cli import main
+
+main()
