@@ -107,15 +107,18 @@ class RandomConvolutions:
         return self
 
     def __call__(self, batch: Batch) -> Tensor:
+        return torch.cat(list(self.responses(batch)), 1)
+
+    def responses(self, batch: Batch) -> Iterator[Tensor]:
+        """Features of a few filters at a time, because those of all pixels and filters of many places fill the memory."""
         if self.weight is None:
             raise ValueError("the filters are not drawn yet: call fit(batch, generator) first")
         values, valid = self.bands.observed(batch)
-        x = self._standard(values)
-        parts = []
+        x, seen = F.pad(self._standard(values), (self.side // 2,) * 4, mode="replicate"), valid.any(1, keepdim=True)
         for weight, bias in zip(self.weight.split(32), self.bias.split(32), strict=True):
-            y = F.conv2d(F.pad(x, (self.side // 2,) * 4, mode="replicate"), weight, bias)
-            parts += [_box(F.relu(sign * y - self.threshold), self.pool) for sign in (1, -1)]
-        return torch.where(valid.any(1, keepdim=True), torch.cat(parts, 1), torch.nan)
+            y = F.conv2d(x, weight, bias)
+            for sign in (1, -1):
+                yield torch.where(seen, _box(F.relu(sign * y - self.threshold), self.pool), torch.nan)
 
     def _standard(self, values: Tensor) -> Tensor:
         return (values - self.mean[:, None, None]) / self.std[:, None, None]
@@ -190,7 +193,8 @@ class Pooled:
     pixels: Callable[[Batch], Tensor]
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.pixels(batch).flatten(2).nanmean(2)
+        some = self.pixels.responses(batch) if isinstance(self.pixels, RandomConvolutions) else [self.pixels(batch)]
+        return torch.cat([part.flatten(2).nanmean(2) for part in some], 1)
 
 
 def _layers(batch: Batch, wanted: tuple[str, ...], row: int) -> Iterator[tuple[str, Raster]]:
@@ -246,5 +250,7 @@ def reinitialised(encoder: Encoder, generator: torch.Generator) -> Encoder:
 
 def _box(image: Tensor, side: int) -> Tensor:
     """Mean over side x side pixels, cut off at the border; two passes of one axis each."""
+    if side == 1:
+        return image
     rows = F.avg_pool2d(image, (side, 1), 1, (side // 2, 0), count_include_pad=False)
     return F.avg_pool2d(rows, (1, side), 1, (0, side // 2), count_include_pad=False)

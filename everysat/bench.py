@@ -27,7 +27,7 @@ from everysat.data.batches import Subset, in_order
 from everysat.data.catalogue import dataset
 from everysat.data.split import label_fraction
 from everysat.evaluate import Draw, Evaluation, Samples, evaluate
-from everysat.features import Cache, Labelled, Part, at_once, extract, state_hash
+from everysat.features import Cache, Labelled, Part, at_once, at_time, extract, state_hash
 from everysat.find import suggest
 from everysat.manifest import environment
 from everysat.models import weights
@@ -66,7 +66,13 @@ class Fold:
         if data.folds[number] is not None:
             options[data.fold_option] = data.folds[number]
         self.parts = {
-            part: Part(dataset(data.name, **options, **{data.part_option: name}), data.target, shown, data.per_place)
+            part: Part(
+                dataset(data.name, **options, **{data.part_option: name}),
+                data.target,
+                shown,
+                data.per_place,
+                pairs=data.pairs,
+            )
             for part, name in data.parts.items()
         }
         self.offset = number * len(PARTS) * STRIDE
@@ -192,7 +198,7 @@ def _model(suite: Suite, cell: Cell, fold: Fold, number: int, seconds: list[floa
         return _baseline(row, data, fold)
     assert row.model is not None
     _refuse_missing(row.model.weights)
-    seen = Shown(fold.parts["train"])
+    seen = Apart(fold.parts["train"])
     recipe = {"name": "bench", "model": row.model.model_dump(), "data": [{"name": data.name}], "steps": 1}
     if row.pretrain is None:
         torch.manual_seed(key(number, "weights"))
@@ -253,7 +259,7 @@ def _baseline(row: Contender, data: Data, fold: Fold) -> Callable[[Batch], Tenso
     gsd_m = options.pop("gsd_m", None) or (_finest_m(fold) if data.level == "place" else fold.labelled["train"].gsd_m)
     made = PIXEL[row.baseline](gsd_m=gsd_m, **options)
     if isinstance(made, baselines.RandomConvolutions):
-        shown = Shown(fold.parts["train"])
+        shown = Apart(fold.parts["train"])
         some = [shown[i] for i in np.linspace(0, len(shown) - 1, min(64, len(shown))).astype(int)]
         made = made.fit(Batch.cat(some), torch.Generator().manual_seed(0))
     return baselines.Pooled(made) if data.level == "place" else made
@@ -276,7 +282,8 @@ def _features(
     for name in data.parts:
         part, labelled = fold.parts[name], fold.labelled[name]
         facts = [says, row.at, part.fingerprint(), part.layers, part.target, part.per_place, part.seed, data.level]
-        extracted = cache.get(facts, partial(extract, model, part, labelled, data.level))
+        facts += [each for each in (data.pairs, row.pool) if each not in ({}, "summary")]
+        extracted = cache.get(facts, partial(extract, model, part, labelled, data.level, row.pool))
         found.append(extracted.x)
         seconds += extracted.seconds
     mean = found[0].double().nanmean(0).nan_to_num(0.0).float()
@@ -337,6 +344,18 @@ def _finetuning(
     return how
 
 
+class Apart(Shown):
+    """The same one time after the other, if the part has two: what a model is trained, and filters are drawn, on."""
+
+    def __len__(self) -> int:
+        return len(self.part) * (2 if self.part.pairs else 1)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not self.part.pairs:
+            return super().__getitem__(index)
+        return at_time(super().__getitem__(index // 2), self.part.pairs, index % 2)
+
+
 class Kept(Shown):
     """The same with their labels."""
 
@@ -348,7 +367,11 @@ class Kept(Shown):
 def _task(data: Data, kind: str, labelled: Labelled, row: Contender, train: Tensor) -> dict[str, Any]:
     """The task of a recipe; values are standardised by those that train, ``train`` bool [n]."""
     options: dict[str, Any] = {"target": data.target}
-    if kind == "values":
+    what = "regress" if kind == "values" else "classify"
+    if data.pairs:
+        what = "change"
+        options |= {"classes": _classes(labelled), "pairs": {name: list(both) for name, both in data.pairs.items()}}
+    elif kind == "values":
         value = labelled.label[train]
         spread = max(float(value.std(correction=0)), 1e-6)
         options |= {
@@ -360,8 +383,7 @@ def _task(data: Data, kind: str, labelled: Labelled, row: Contender, train: Tens
         options |= {"classes": _classes(labelled), "multilabel": kind == "labels"}
     if data.level == "pixel":
         options |= {"gsd_m": labelled.gsd_m}
-    name = f"{'regress' if kind == 'values' else 'classify'}/{data.level}"
-    return {"name": name, "options": {**options, **row.finetune.get("task", {}).get("options", {})}}
+    return {"name": f"{what}/{data.level}", "options": {**options, **row.finetune.get("task", {}).get("options", {})}}
 
 
 def _classes(labelled: Labelled) -> Any:
@@ -399,11 +421,13 @@ def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kin
 def _asked(suite: Suite, cell: Cell) -> dict[str, Any]:
     """All that the result of a cell depends on."""
     row, data = suite.models[cell.model], suite.datasets[cell.dataset]
+    unused = {"pairs"} if not data.pairs else set()  # which results of before did not know
+    plain = {"pool"} if row.pool == "summary" else set()
     asked: dict[str, Any] = {
         "cell": [cell.dataset, cell.model, cell.modalities, cell.how],
-        "data": data.model_dump(mode="json", exclude={"published", "about", "score", "modalities"}),
+        "data": data.model_dump(mode="json", exclude={"published", "about", "score", "modalities"} | unused),
         "shown": data.modalities[cell.modalities],
-        "row": row.model_dump(mode="json", exclude={"note", "how", "only", "datasets"}),
+        "row": row.model_dump(mode="json", exclude={"note", "how", "only", "datasets"} | plain),
         "seeds": suite.seeds,
     }
     return asked | ({"finetune": suite.finetune} if cell.how == "finetune" else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from everysat.manifest import fingerprint
 from everysat.nn.draws import generator
 from everysat.polygons import dense
 from everysat.sensors import Sensor
-from everysat.types import Batch, ContractError, Encoder, Raster
+from everysat.types import Batch, ContractError, Encoder, Features, Raster
 
 LEVELS = ("place", "pixel")
 BATCH = 32
@@ -49,13 +49,15 @@ class Labelled:
 
 @dataclass
 class Part:
-    """Places of a dataset of which some layers are shown, ``layers`` (all but the target if empty)."""
+    """Places of a dataset of which some layers are shown, ``layers`` (all but the target if empty). ``pairs``: layers of two times by the name
+    under which a model is shown either, see :func:`at_time`."""
 
     dataset: Dataset
     target: str = "label"
     layers: tuple[str, ...] = ()
     per_place: int = 100
     seed: int = 0
+    pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     _hash: str = field(default="", repr=False)
 
     def __len__(self) -> int:
@@ -125,10 +127,14 @@ class Extracted:
     seconds: float
 
 
-def extract(model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: Labelled, level: str) -> Extracted:
+def extract(
+    model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: Labelled, level: str, pool: str = "summary"
+) -> Extracted:
     """Features of labelled places (``level="place"``: an encoder's summary) or pixels (``pixel``: its dense features at the pixel of the label).
 
-    ``model``: an encoder, or a callable that gives [row, dim] of places or [row, dim, y, x] of pixels, see :mod:`everysat.baselines`.
+    ``model``: an encoder, or a callable that gives [row, dim] of places or [row, dim, y, x] of pixels, see :mod:`everysat.baselines`. Of a part with
+    ``pairs``, features are those of after less those of before, and the size of that. ``pool="moments"``: of places also mean and standard
+    deviation of an encoder's tokens.
 
     Raises:
         ContractError: the model takes none of the layers that are shown, or not as they are.
@@ -142,7 +148,9 @@ def extract(model: Encoder | Callable[[Batch], Tensor], part: Part, labelled: La
     index = 0
     for places in part.batches(at_once(part, labelled)):
         batch = Batch.cat([*always, *(part.shown(place) for place in places)])
-        rows = _rows(model, batch, level, labelled.gsd_m)[len(always) :]
+        times = [at_time(batch, part.pairs, time) for time in (0, 1)] if part.pairs else [batch]
+        x, *after = (_rows(model, one, level, labelled.gsd_m, pool) for one in times)
+        rows = (torch.cat([after[0] - x, (after[0] - x).abs()], 1) if after else x)[len(always) :]
         for row in rows:
             mine = order[ends[index] : ends[index + 1]]
             if len(mine):
@@ -163,7 +171,13 @@ def at_once(part: Part, labelled: Labelled) -> int:
     return max(1, min(BATCH, VALUES // max(values, 1), PIXELS // pixels))
 
 
-def _rows(model: Any, batch: Batch, level: str, gsd_m: float) -> Tensor:
+def at_time(batch: Batch, pairs: Mapping[str, tuple[str, str]], time: int) -> Batch:
+    """The batch as a model is shown it at one of two times, 0 (before) or 1 (after); layers that are in no pair stay."""
+    paired = {name for both in pairs.values() for name in both}
+    return batch.without(*paired).adding(**{name: batch.raster(both[time]) for name, both in pairs.items()})
+
+
+def _rows(model: Any, batch: Batch, level: str, gsd_m: float, pool: str) -> Tensor:
     if not isinstance(model, Encoder):
         return model(batch)
     if model.inputs and not model.known(batch).layers:
@@ -171,8 +185,19 @@ def _rows(model: Any, batch: Batch, level: str, gsd_m: float) -> Tensor:
             f"the model takes {', '.join(model.inputs)}; what is shown has {', '.join(batch.layers) or 'no layer'}"
         )
     if level == "place":
-        return model.embed(batch).summary
+        features = model.embed(batch)
+        return features.summary if pool == "summary" else torch.cat([features.summary, _moments(features)], 1)
     return dense(model, gsd_m)(batch)
+
+
+def _moments(features: Features) -> Tensor:
+    """Mean and standard deviation over each place of what its tokens say, [row, 2 dim]; 0 where there is none."""
+    row, x = features.coords.row, features.mean
+    rows = len(features.places)
+    count = torch.bincount(row, minlength=rows).clamp(min=1)[:, None]
+    mean = x.new_zeros(rows, x.shape[1]).index_add(0, row, x) / count
+    variance = x.new_zeros(mean.shape).index_add(0, row, (x - mean[row]).square()) / count
+    return torch.cat([mean, variance.sqrt()], 1)
 
 
 def _covering(part: Part) -> list[Batch]:

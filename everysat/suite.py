@@ -27,6 +27,8 @@ class Data(Named):
             settings are chosen on groups left out of training.
         folds: values of the option ``fold_option``, each a split of its own; all are tested. None: one split.
         per_place: pixels of a place that are used at most.
+        pairs: layers before and after by the name under which a model is shown either, such as ``{rgb: [before, after]}``: features are how those
+            of after differ from those of before, and how much; fine-tuning is that of change.
         modalities: layers that are shown, by title; empty for all.
         labels: which labels train: ``10%`` of each class, ``5/class``. score: the first is what models are compared by.
         gsd_m: of a dense output. published: figures from papers, ``{model, score, value, source}``, printed beside ours.
@@ -40,6 +42,7 @@ class Data(Named):
     folds: list[Any] = [None]
     fold_option: str = "fold"
     per_place: int = Field(default=100, ge=1)
+    pairs: dict[str, tuple[str, str]] = {}
     modalities: dict[str, list[str]] = {"all": []}
     labels: list[str] = [ALL]
     score: list[str] = ["macro_f1", "accuracy", "micro_f1", "r2", "rmse"]
@@ -65,7 +68,8 @@ class Contender(Strict):
 
     Attributes:
         pretrain: a recipe's fields (objective, steps, ...) by which the model first learns from the training places, without their labels.
-        at: settings of the model chosen at the call, such as ``patch_m``. finetune: a recipe's fields for ``how: finetune``. how: in place of the suite's.
+        at: settings of the model chosen at the call, such as ``patch_m``. pool: what is taken of a place, the encoder's ``summary``, or ``moments``: with it mean and
+            standard deviation of its tokens over the place. finetune: a recipe's fields for ``how: finetune``. how: in place of the suite's.
         only: titles of modality subsets, and ``datasets`` on which the row stands, all by default. note: what a reader should know, such as that the weights may have seen related data.
     """
 
@@ -74,6 +78,7 @@ class Contender(Strict):
     model: Model | None = None
     pretrain: dict[str, Any] | None = None
     at: dict[str, Any] = {}
+    pool: Literal["summary", "moments"] = "summary"
     finetune: dict[str, Any] = {}
     how: list[Literal["probe", "knn", "forest", "finetune"]] = []
     only: list[str] = []

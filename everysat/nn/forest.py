@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,9 @@ def fit_forest(
         fitted = RandomForestRegressor(trees, random_state=seed, n_jobs=threads).fit(x.numpy(), label.numpy())
         return Forest(fitted, tuple(classes), "values")
     kind, target = ("labels", label.bool().numpy()) if label.ndim == 2 else ("classes", label.numpy())
-    fitted = RandomForestClassifier(trees, random_state=seed, class_weight="balanced", n_jobs=threads).fit(
-        x.numpy(), target
-    )
+    with warnings.catch_warnings():  # with one label a class there are as many classes as samples, in every tree
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        fitted = RandomForestClassifier(trees, random_state=seed, class_weight="balanced", n_jobs=threads).fit(
+            x.numpy(), target
+        )
     return Forest(fitted, tuple(classes), kind)
