@@ -25,7 +25,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     remove(partial)
     try:
         yield partial
-        _rename(partial, path)
+        move(partial, path)
     finally:
         remove(partial)
 
@@ -38,7 +38,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _rename(partial: Path, path: Path) -> None:
+def move(partial: Path, path: Path) -> None:
+    """Rename a complete file or folder to ``path``; what stands there is replaced."""
     if not path.is_dir():
         os.replace(partial, path)
         return

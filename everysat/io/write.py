@@ -113,7 +113,7 @@ def to_xarray(raster: Raster, place: Place) -> xr.Dataset:
 
     Codes stay integers, with ``_FillValue`` where invalid. Variances are variables called ``<band>_variance``.
     """
-    dataset = _empty(geobox_of(raster, place))
+    dataset = empty_dataset(geobox_of(raster, place))
     dims, coords = _time_axis(raster)
     dataset = dataset.assign_coords(coords)
     values, valid = raster.values.cpu().numpy(), raster.valid.cpu().numpy()
@@ -128,7 +128,7 @@ def to_xarray(raster: Raster, place: Place) -> xr.Dataset:
     return dataset
 
 
-def _empty(geobox: GeoBox) -> xr.Dataset:
+def empty_dataset(geobox: GeoBox) -> xr.Dataset:
     """A dataset with the coordinates and the CRS of a grid and no variables."""
     if not grid.axis_aligned(geobox):
         raise ValueError("the grid is rotated, which coordinates x and y cannot say; write a GeoTIFF")
@@ -230,7 +230,7 @@ def _features_cog(features: Features, path: Path) -> None:
 
 def _features_zarr(features: Features, path: Path) -> None:
     image, geobox = _grid(features, features.mean)
-    dataset = _empty(geobox)
+    dataset = empty_dataset(geobox)
     mapped = {"grid_mapping": "spatial_ref"}
     dataset["embedding"] = xr.Variable(("feature", "y", "x"), image, {"long_name": "embedding", "units": "1", **mapped})
     if features.var is not None:
