@@ -122,6 +122,12 @@ def quantiser_of(attrs: Mapping[str, Any], arrays: Mapping[str, Any], path: Any,
     )
 
 
+def period_of(own: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The period in what stands under ``everysat``."""
+    period = own.get("period")
+    return (str(period[0]), str(period[1])) if period else None
+
+
 @contextmanager
 def clearly(path: Path) -> Iterator[None]:
     """Errors of the file system with the path and the next step."""

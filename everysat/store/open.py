@@ -27,6 +27,14 @@ def open_store(path: str | Path, *, quantiser: str | Quantiser | None = None) ->
         from everysat.store.zarr_store import open_zarr
 
         return open_zarr(path, quantiser)
+    if suffix in (".parquet", ".geoparquet"):
+        from everysat.store.chips import open_chips
+
+        return open_chips(path, quantiser)
+    if suffix in (".tif", ".tiff"):
+        from everysat.store.cog import open_cog
+
+        return open_cog(path, quantiser)
     raise ValueError(
         f"{path} is no store of embeddings: expected a Zarr folder, .parquet or .tif, got {suffix or 'no suffix'}"
     )

@@ -28,7 +28,7 @@ from zarr.codecs import BloscCodec, BytesCodec
 from everysat.io import grid
 from everysat.io.output import move, remove
 from everysat.io.write import empty_dataset
-from everysat.store.attributes import GEOEMB, PROJ, SPATIAL, attributes, clearly, quantiser_of
+from everysat.store.attributes import GEOEMB, PROJ, SPATIAL, attributes, clearly, period_of, quantiser_of
 from everysat.store.quantise import Quantiser, get, measure
 from everysat.store.read import Period, PixelStore, Window
 
@@ -394,15 +394,10 @@ def open_zarr(path: Path, quantiser: str | Quantiser | None = None) -> ZarrStore
     own = attrs.get("everysat", {})
     geobox = _geobox(attrs, (size["y"], size["x"]), path)
     return ZarrStore(
-        path, "pixel", str(geobox.crs), geobox, (size["y"], size["x"]), _period(own), rule,
+        path, "pixel", str(geobox.crs), geobox, (size["y"], size["x"]), period_of(own), rule,
         dict(own.get("model") or {"url": attrs.get("geoemb:model")}), attrs, (chunks["y"], chunks["x"]),
         arrays=(array, scale), order=tuple(axis if axis in named else 0 for axis in order),
     )  # fmt: skip
-
-
-def _period(own: Mapping[str, Any]) -> Period | None:
-    period = own.get("period")
-    return (str(period[0]), str(period[1])) if period else None
 
 
 def _group(path: Path) -> Any:
