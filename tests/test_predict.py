@@ -139,13 +139,14 @@ def test_an_interrupted_map_goes_on_and_comes_out_the_same(tmp_path, blend):
     with pytest.raises(Interrupted):
         predict(failing_after(classified(), 5), scene(), out, **args)
     assert not out.exists()
-    assert len(list((tmp_path / "map.tif.parts").glob("*.npy"))) == 5
+    kept = len(list((tmp_path / "map.tif.parts").glob("*.npy")))
+    assert 5 <= kept < 12  # what other threads had under way is kept too
     runs = []
     counting = failing_after(classified(), 10**6)
     real = type(counting).__call__
     type(counting).__call__ = lambda self, batch: runs.append(1) or real(self, batch)
     again = predict(counting, scene(), out, **args)
-    assert len(runs) == 12 - 5, "finished windows are not run again"
+    assert len(runs) == 12 - kept, "finished windows are not run again"
     for kind, path in once.items():
         np.testing.assert_array_equal(read(again[kind]), read(path))
     assert not (tmp_path / "map.tif.parts").exists()
@@ -182,41 +183,6 @@ def test_the_order_of_windows_does_not_matter(tmp_path, blend, monkeypatch):
         np.testing.assert_array_equal(read(forward[kind]), read(backward[kind]))
 
 
-def test_killed_and_started_again(tmp_path):
-    """SIGKILL between windows: the same command goes on."""
-    code = """
-        import sys, time
-        sys.path.insert(0, {tests!r})
-        import test_predict as t
-        mapper = t.classified()
-        class Slow(type(mapper)):
-            def __call__(self, batch):
-                time.sleep({pause})
-                return super().__call__(batch)
-        Slow.__name__ = type(mapper).__name__
-        t.predict(Slow(**vars(mapper)), t.scene(), {out!r}, window_m=180.0, quiet=True)
-    """
-    out = tmp_path / "map.tif"
-
-    def command(pause):
-        text = textwrap.dedent(code).format(tests=str(Path(__file__).parent), pause=pause, out=str(out))
-        return [sys.executable, "-W", "ignore", "-c", text]
-
-    with subprocess.Popen(command(0.3)) as process:
-        parts = tmp_path / "map.tif.parts"
-        deadline = time.monotonic() + 120
-        while len(list(parts.glob("*.npy"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    done = {p.name: p.stat().st_mtime_ns for p in parts.glob("*.npy")}
-    assert 3 <= len(done) < 12
-    assert not out.exists()
-    subprocess.run(command(0), check=True, timeout=120)
-    once = predict(classified(), scene(), tmp_path / "once.tif", window_m=180.0, quiet=True)
-    np.testing.assert_array_equal(read(out), read(once["classes"]))
-    assert not parts.exists()
-
-
 def test_crops_keep_pixels_and_refuse_to_cut_them(generator):
     batch = image_batch(torch.rand(1, 2, 12, 12, generator=generator)).adding(
         coarse=image_batch(torch.rand(1, 2, 2, 2, generator=generator), 60.0).raster("image")
@@ -233,7 +199,7 @@ def test_weights_of_all_windows_add_up_to_one():
     plan = Plan((50, 70), 10.0, window=20, halo=12, fade=6)
     total = np.zeros(plan.shape)
     for window in plan.windows():
-        top, bottom, left, right = window.read
+        top, bottom, left, right = window.kept
         total[top:bottom, left:right] += plan.weight(window)
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
