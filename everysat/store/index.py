@@ -35,8 +35,10 @@ SHARE = 0.25
 
 
 def folder_of(store: Any) -> Path:
-    """Where the index of a store lies: ``area.zarr.index`` beside ``area.zarr``."""
+    """Where the index of a store lies: ``area.zarr.index`` beside ``area.zarr``, ``area.zarr.utm31.index`` for a group of it."""
     path = Path(store.path)
+    if (path.parent / "zarr.json").is_file():
+        return path.parent.with_name(f"{path.parent.name}.{path.name}.index")
     return path.with_name(path.name + ".index")
 
 

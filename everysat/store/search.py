@@ -69,19 +69,16 @@ class Hits:
         return len(self.score)
 
     def table(self) -> Table:
-        """Rank, score and place; the store and the period where there are several."""
-        rows = []
-        for i in range(len(self)):
-            row: dict[str, Any] = {"rank": i + 1, "score": float(self.score[i])}
-            row |= {
-                "lon": round(float(self.lon[i]), 6),
-                "lat": round(float(self.lat[i]), 6),
-                "index": int(self.index[i]),
-            }
-            where = int(self.store[i])
-            rows.append(row | {"store": Path(self.stores[where]).name, "period": self.periods[where]})
-        shown = [{**row, "lon": f"{row['lon']:.6f}", "lat": f"{row['lat']:.6f}"} for row in rows]
-        return Table.of("Nearest places", shown or [{"rank": "", "score": ""}][:0], self.how)
+        """Rank, score and place, the store and its period."""
+        rows = [
+            (rank, float(score), f"{lon:.6f}", f"{lat:.6f}", int(index), Path(self.stores[at]).name, self.periods[at])
+            for rank, (score, lon, lat, index, at) in enumerate(
+                zip(self.score, self.lon, self.lat, self.index, self.store, strict=True), 1
+            )
+        ]
+        return Table(
+            "Nearest places", ("rank", "score", "lon", "lat", "index", "store", "period"), tuple(rows), self.how
+        )
 
     def frame(self) -> geopandas.GeoDataFrame:
         """One row a hit, with its footprint in degrees."""
@@ -244,10 +241,8 @@ def several(stores: Any) -> list[Any]:
 
 def model_of(store: Any) -> str:
     """Name and weights of the model that made a store."""
-    model = store.model
-    if isinstance(model, dict):
-        return " ".join(str(model[key]) for key in sorted(model)) or "an unnamed model"
-    return str(model) if model else "an unnamed model"
+    told = [str(store.model[key]) for key in ("name", "weights", "url") if store.model.get(key)]
+    return " ".join(told) or "an unnamed model"
 
 
 def in_period(stores: list[Any], period: Any) -> list[Any]:

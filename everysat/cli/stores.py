@@ -1,0 +1,147 @@
+"""Commands on stores of embeddings: index, search, label, change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from everysat.cli.options import Quiet, console, show
+
+app = typer.Typer()
+AStore = Annotated[Path, typer.Argument(help="a store of embeddings, as everysat embed -o area.zarr writes it")]
+Within = Annotated[Path | None, typer.Option(help="polygons; only places in them count")]
+
+
+@app.command()
+def index(
+    store: AStore,
+    engine: Annotated[
+        str, typer.Option(help="exact, faiss (in memory), lancedb (on disk), or auto: by size and memory")
+    ] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Make a store fast to search; says which engine was chosen, why, and what share of the nearest places it finds."""
+    from everysat.store import open_store
+    from everysat.store.index import build, folder_of
+
+    opened = open_store(store)
+    print(f"{folder_of(opened)}: {build(opened, engine, quiet=quiet)}")
+
+
+@app.command()
+def search(
+    stores: Annotated[list[Path], typer.Argument(help="one store, or several of one model (zones, years)")],
+    like: Annotated[
+        list[str] | None, typer.Option(help="an example: LON,LAT in degrees or a file of geometries; may be repeated")
+    ] = None,
+    unlike: Annotated[list[str] | None, typer.Option(help="what hits are not to be like, in the same way")] = None,
+    vector: Annotated[Path | None, typer.Option(help="examples as .npy, [dim] or [n, dim]")] = None,
+    top: Annotated[int, typer.Option(help="how many places")] = 20,
+    within: Within = None,
+    period: Annotated[str | None, typer.Option(help="only stores of that time: 2024, or 2024-04-01/2024-09-30")] = None,
+    not_near_m: Annotated[
+        float, typer.Option(help="hits lie at least so many metres from each other and from the examples")
+    ] = 0.0,
+    engine: Annotated[
+        str, typer.Option(help="auto (an index if there is one), index, or scan (read the store)")
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help=".csv, .geojson, .parquet, or .tif: the score of every pixel")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Places that look like the examples (the mean of their vectors), the nearest first."""
+    from everysat.store import open_store
+    from everysat.store import search as searching
+
+    opened = searching.in_period(searching.several([open_store(path) for path in stores]), period)
+    wanted = searching.query(
+        opened, [_example(e) for e in like or ()], [_example(e) for e in unlike or ()], _npy(vector)
+    )
+    if out is not None and out.suffix.lower() in (".tif", ".tiff"):
+        if len(opened) > 1:
+            raise ValueError(
+                f"a heat map is of one store, {len(opened)} are given: {', '.join(map(str, stores))}; give one, or a --period"
+            )
+        print(searching.heat_map(opened[0], wanted, out, within=within, quiet=quiet))
+        return
+    found = searching.search(opened, wanted, top=top, within=within, not_near_m=not_near_m, engine=engine)
+    if out is None:
+        show(found.table())
+        return
+    print(f"{found.save(out)}: {len(found)} places ({'; '.join(found.how)})")
+
+
+@app.command()
+def label(
+    store: AStore,
+    places: Annotated[Path, typer.Argument(help="labelled points or polygons: GeoJSON, GPKG, GeoParquet, ...")],
+    column: Annotated[str, typer.Option(help="which attribute holds the class")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="map of classes, a Cloud-Optimized GeoTIFF")],
+    how: Annotated[str, typer.Option(help="linear (logistic regression) or knn")] = "linear",
+    classes: Annotated[str | None, typer.Option(help="classes that there must be: a,b,c; all by default")] = None,
+    next_places: Annotated[int, typer.Option("--next", help="write so many places to label next")] = 0,
+    skip_outside: Annotated[bool, typer.Option(help="leave out places without data in the store")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """A map from a handful of labelled places, its confidence, and which places to label next."""
+    from everysat.store import open_store
+    from everysat.store.label import label as run
+
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    result = run(
+        open_store(store), places, column, out,
+        how=how, classes=names, next_places=next_places, skip_outside=skip_outside, quiet=quiet,
+    )  # fmt: skip
+    console().print(result.table())
+    for what, path in result.paths.items():
+        print(f"{what}: {path}")
+
+
+@app.command()
+def change(
+    before: AStore,
+    after: Annotated[Path, typer.Argument(help="a store of the same model on the same grid")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="change scores, a Cloud-Optimized GeoTIFF")],
+    score: Annotated[str, typer.Option(help="cosine, or robust: relative to the usual difference")] = "cosine",
+    threshold: Annotated[
+        str, typer.Option(help="also write what changed: mad (unusually much), otsu (a split in two), or a number")
+    ] = "none",
+    quiet: Quiet = False,
+) -> None:
+    """How much every pixel changed between two stores."""
+    from everysat.store import open_store
+    from everysat.store.change import change as run
+
+    found = run(open_store(before), open_store(after), out, score=score, threshold=threshold, quiet=quiet)
+    for what, path in found.paths.items():
+        print(f"{what}: {path}")
+    if found.threshold is not None:
+        print(f"changed: {100 * (found.share or 0):.2f} % above {found.threshold:.4g} ({found.rule})")
+
+
+def _example(text: str) -> Any:
+    """``LON,LAT`` or a file."""
+    numbers = text.split(",")
+    try:
+        if len(numbers) == 2:
+            return float(numbers[0]), float(numbers[1])
+    except ValueError:
+        pass
+    if not Path(text).exists():
+        raise ValueError(f"--like or --unlike {text!r} is neither LON,LAT in degrees nor a file that exists")
+    return text
+
+
+def _npy(path: Path | None) -> Any:
+    """Numbers only: a file of objects could run code."""
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"--vector {path} is no .npy file of numbers: {error}") from error
