@@ -98,12 +98,13 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.where(length > 0, length, 1)).astype(np.float32)
 
 
-def top(score: np.ndarray, row: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``n`` highest scores and their rows; of equal scores the lower row comes first, so that no order of work matters."""
+def top(score: np.ndarray, row: np.ndarray, n: int, place: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The ``n`` highest scores and their rows; of equal scores the lower number of the ``place`` of a row (else the lower row) comes
+    first, so that no order of work matters."""
     if len(score) > n:
         some = score >= np.partition(score, len(score) - n)[len(score) - n]
         score, row = score[some], row[some]
-    order = np.lexsort((row, -score))[:n]
+    order = np.lexsort((row if place is None else place[row], -score))[:n]
     return score[order], row[order]
 
 
@@ -248,7 +249,7 @@ class Exact:
                 lambda start: self._part(query, n, keep, start, start + step), range(0, len(self.rows), step)
             )
             score, row = (np.concatenate(parts) for parts in zip(*jobs, strict=True))
-        score, row = top(score, row, n)
+        score, row = top(score, row, n, self.index)
         return Found(score, self.index[row], self.x[row], self.y[row])
 
     def _part(self, query: np.ndarray, n: int, keep: Keep, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +267,7 @@ class Exact:
             score = score[at - start]
         if self.scale is not None:
             score *= self.scale[at]
-        return top(score, at, n)
+        return top(score, at, n, self.index)
 
 
 class Faiss:
@@ -315,7 +316,7 @@ class Faiss:
             found = row[0] >= 0
             if found.all():
                 break  # else the probed lists hold too few: all of them are looked at
-        score, row = top(score[0][found], row[0][found], n)
+        score, row = top(score[0][found], row[0][found], n, self.index)
         return Found(score, self.index[row], self.x[row], self.y[row])
 
 
@@ -366,8 +367,8 @@ class Lance:
         def finish(self) -> tuple[str, int]:
             self._flush()
             if self._lists:
-                kind = {"metric": "dot", "index_type": "IVF_SQ", "num_partitions": self._lists}
-                self._table.create_index(vector_column_name="vector", **kind)
+                rule = optional("lancedb.index").IvfSq("dot", self._lists)
+                self._table.create_index("vector", config=rule)
             return "float32", self._lists
 
     def best(self, query: np.ndarray, n: int, keep: Keep) -> Found:
@@ -401,7 +402,7 @@ def optional(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"the engine {name} is not installed: pip install everysat[search], or use engine='exact'"
+            f"the engine {name.partition('.')[0]} is not installed: pip install everysat[search], or use engine='exact'"
         ) from error
 
 
