@@ -11,7 +11,7 @@ from typing import Any
 _WHERE = {
     "Points": "read", "Store": "read", "open_store": "open", "create": "zarr_store", "StoreWriter": "zarr_store",
     "ChipWriter": "chips", "write_chips": "chips", "write_cog": "cog", "stac_item": "stac", "stac_collection": "stac",
-    "write_stac": "stac", "warp": "warp", "Quantiser": "quantise",
+    "write_stac": "stac", "warp": "resample", "Quantiser": "quantise",
 }  # fmt: skip
 __all__ = sorted(_WHERE)
 

@@ -267,6 +267,16 @@ class ChipStore(Store):
     """A vector for each footprint of a GeoParquet table, read a row group at a time."""
 
     boxed: bool = True
+    told_bounds: tuple[float, ...] = ()
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """West, south, east and north of all footprints, in the CRS of the store."""
+        if self.told_bounds:
+            return self.told_bounds
+        boxes = [shapely.total_bounds(shapely.from_wkb(table["geometry"].to_numpy())) for _, table in self._groups()]
+        edges = np.array(boxes)
+        return (*edges[:, :2].min(0).tolist(), *edges[:, 2:].max(0).tolist())
 
     def points(self) -> Iterator[Points]:
         for start, table in self._groups():
@@ -380,6 +390,7 @@ def open_chips(path: Path, quantiser: str | Quantiser | None = None) -> ChipStor
         path, "chip", f"EPSG:{code}" if code else crs.to_wkt(), None, (file.metadata.num_rows,), period_of(own), rule,
         dict(own.get("model") or {"url": attrs.get("geoemb:model")}), attrs,
         boxed=column.get("covering", {}).get("bbox", {}).get("xmin") == ["bbox", "xmin"],
+        told_bounds=tuple(column.get("bbox", ())),
     )  # fmt: skip
 
 
