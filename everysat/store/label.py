@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import geopandas
 import numpy as np
 import shapely
 import torch
@@ -32,7 +31,8 @@ from everysat.io.output import replacing
 from everysat.nn.probe import Scale, fit_linear, fit_neighbours, sample_weights
 from everysat.nn.scores import accuracy, calibration_error, confusion_matrix, fit_temperature, macro_f1
 from everysat.progress import track
-from everysat.store.search import DEGREES, centres, moved, per_unit, pixels
+from everysat.store.active import Pool, to_label
+from everysat.store.search import centres, per_unit, pixels
 from everysat.table import Table
 
 HOW = ("linear", "knn")
@@ -42,10 +42,8 @@ FOLDS, PER_PLACE, CLUSTERS = 10, 50, 4
 """Fits for left-out places at most; pixels of a place that are used at most; clusters at least, or their gap is halved."""
 GAP_PX = 20
 """Labelled places nearer than so many pixels belong to one cluster."""
-APART_PX = 10
-"""Places to label next lie so far from each other and from labelled ones."""
 WINDOWS, SCALING, POOL = 64, 20_000, 2048
-"""Windows and pixels that features are standardised with; places from which the next to label are chosen."""
+"""Windows and pixels that features are standardised with; candidates from which the next to label are chosen, or 50 for each if that is more."""
 NO_CLASS = 255
 
 
@@ -139,10 +137,11 @@ def label(
     labelled = read_labels(store, source, column, classes=classes, skip_outside=skip_outside, seed=seed)
     fitted = fit(store, labelled, how=how, seed=seed)
     paths = {"classes": out, "confidence": out.with_name(f"{out.stem}-confidence{out.suffix}")}
-    pool = _map(store, labelled, fitted, paths, max(POOL, 50 * next_places) if next_places else 0, seed, quiet)
-    if next_places:
+    pool = Pool(max(POOL, 50 * next_places), seed) if next_places else None
+    _map(store, labelled, fitted, paths, pool, quiet)
+    if pool is not None:
         paths["next"] = out.with_name(f"{out.stem}-next.geojson")
-        frame = _to_label(store, labelled, pool, next_places)
+        frame = to_label(store, labelled, pool, next_places)
         with replacing(paths["next"]) as part:
             part.write_text(frame.to_json(drop_id=True) + "\n", encoding="utf-8")
     return Result(paths, labelled, fitted)
@@ -333,113 +332,27 @@ def _scores(logits: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """Candidates to label next: the drawn key of each, its number, uncertainty, two likeliest classes, vector and centre."""
-
-    key: np.ndarray
-    index: np.ndarray
-    uncertainty: np.ndarray
-    guesses: np.ndarray
-    vectors: np.ndarray
-    xy: np.ndarray
-
-    def cut(self, size: int) -> _Pool:
-        order = np.lexsort((self.index, -self.key))[:size]
-        return _Pool(*(getattr(self, name)[order] for name in self.__dataclass_fields__))
-
-    @staticmethod
-    def cat(parts: list[_Pool], size: int) -> _Pool:
-        names = _Pool.__dataclass_fields__
-        return _Pool(*(np.concatenate([getattr(p, name) for p in parts]) for name in names)).cut(size)
-
-
 def _map(
-    store: Any, labelled: Labelled, fitted: Fitted, paths: dict[str, Path], pool: int, seed: int, quiet: bool
-) -> _Pool | None:
-    """Write both maps; a pool of candidates, drawn by how uncertain they are, whatever the order of windows."""
-    names = dict(enumerate(labelled.classes))
-
-    def predicted(window: tuple[slice, slice]) -> tuple[Any, ...]:
-        rows, cols = window
-        vectors = store.read(rows, cols)
-        flat = vectors.reshape(-1, store.dim)
-        seen = np.flatnonzero(np.isfinite(flat).all(1))
-        code, sure = np.full(len(flat), math.nan), np.full(len(flat), math.nan)
-        drawn = None
-        if len(seen):
-            odds = fitted.probabilities(torch.from_numpy(flat[seen]))
-            two = odds.topk(2, -1)
-            code[seen], sure[seen] = two.indices[:, 0], np.rint(100 * two.values[:, 0])
-            if pool:
-                x, y = (axis.ravel()[seen] for axis in centres(store, rows, cols))
-                number = (
-                    np.arange(rows.start, rows.stop)[:, None] * store.shape[1] + np.arange(cols.start, cols.stop)
-                ).ravel()
-                margin = (two.values[:, 0] - two.values[:, 1]).double().numpy()
-                drawn = _drawn(
-                    number[seen], 1 - margin, two.indices.numpy(), flat[seen], np.column_stack([x, y]), pool, seed
-                )
-        return rows, cols, code.reshape(vectors.shape[:2]), sure.reshape(vectors.shape[:2]), drawn
-
-    windows = list(store.windows())
-    candidates: list[_Pool] = []
-    ready = prefetch(predicted, windows, workers=os.cpu_count() or 1)
+    store: Any, labelled: Labelled, fitted: Fitted, paths: dict[str, Path], pool: Pool | None, quiet: bool
+) -> None:
+    """Write both maps; ``pool`` is shown every pixel."""
+    windows, names = list(store.windows()), dict(enumerate(labelled.classes))
+    ready = prefetch(lambda window: store.read(*window), windows, workers=os.cpu_count() or 1)
     classes = CogWriter(paths["classes"], store.geobox, ["class"], dtype="uint8", nodata=NO_CLASS, classes=names)
     confidence = CogWriter(paths["confidence"], store.geobox, ["confidence"], units="%", dtype="uint8", nodata=NO_CLASS)
     with classes, confidence:
-        for rows, cols, code, sure, drawn in track(ready, "Mapping", len(windows), quiet=quiet):
-            classes.write(code[None], rows, cols)
-            confidence.write(sure[None], rows, cols)
-            if drawn is not None:
-                candidates = [_Pool.cat([*candidates, drawn], pool)]
-    return candidates[0] if candidates else None
-
-
-def _drawn(
-    index: np.ndarray,
-    uncertainty: np.ndarray,
-    guesses: np.ndarray,
-    vectors: np.ndarray,
-    xy: np.ndarray,
-    size: int,
-    seed: int,
-) -> _Pool:
-    """A draw without replacement, by uncertainty (Efraimidis and Spirakis 2006): the largest log(u) / weight. Each pixel's u is a hash of
-    its number (the finaliser of splitmix64), so that windows and their order do not matter."""
-    z = index.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-    u = ((z ^ (z >> np.uint64(31))).astype(float) + 1) / (2.0**64 + 2)
-    return _Pool(np.log(u) / np.maximum(uncertainty, 1e-9), index, uncertainty, guesses, vectors, xy).cut(size)
-
-
-def _to_label(store: Any, labelled: Labelled, pool: _Pool | None, count: int) -> geopandas.GeoDataFrame:
-    """Greedy: the largest uncertainty times distance (1 - cosine of centred vectors) to whatever is labelled or chosen already."""
-    if pool is None:
-        raise ValueError(f"{store.path} has no pixel with data")
-    middle = pool.vectors.mean(0)
-    unlike = F.normalize(torch.from_numpy(pool.vectors - middle), dim=1)
-    known = F.normalize(labelled.x - torch.from_numpy(middle), dim=1)
-    distance = 1 - (unlike @ known[:4096].T).max(1).values
-    apart = APART_PX * math.sqrt(abs(store.geobox.affine.determinant))
-    centre = np.array([[shape.centroid.x, shape.centroid.y] for shape in labelled.shapes])
-    free = (np.linalg.norm(pool.xy[:, None] - centre[None], axis=-1) >= apart).all(1) & ~np.isin(
-        pool.index, labelled.index
-    )
-    chosen: list[int] = []
-    while len(chosen) < count and free.any():
-        value = torch.from_numpy(np.where(free, pool.uncertainty, -1)) * distance.clamp(min=1e-6)
-        best = int(value.argmax())
-        chosen.append(best)
-        distance = torch.minimum(distance, 1 - unlike @ unlike[best])
-        free &= np.linalg.norm(pool.xy - pool.xy[best], axis=1) >= apart
-    columns = {
-        "rank": range(1, len(chosen) + 1),
-        "guess": [labelled.classes[pool.guesses[i, 0]] for i in chosen],
-        "or": [labelled.classes[pool.guesses[i, 1]] for i in chosen],
-        "uncertainty": [round(float(pool.uncertainty[i]), 4) for i in chosen],
-        "index": [int(pool.index[i]) for i in chosen],
-    }
-    points = [moved(shapely.Point(*pool.xy[i]), store.crs, DEGREES) for i in chosen]
-    return geopandas.GeoDataFrame(columns, geometry=points, crs=DEGREES)
+        for (rows, cols), vectors in zip(windows, track(ready, "Mapping", len(windows), quiet=quiet), strict=True):
+            flat = vectors.reshape(-1, store.dim)
+            seen = np.flatnonzero(np.isfinite(flat).all(1))
+            two = fitted.probabilities(torch.from_numpy(flat[seen])).topk(2, -1)
+            odds, guesses = two.values.numpy(), two.indices.numpy()
+            for file, values in ((classes, guesses[:, 0]), (confidence, np.rint(100 * odds[:, 0]))):
+                image = np.full(len(flat), math.nan, np.float32)
+                image[seen] = values
+                file.write(image.reshape(1, *vectors.shape[:2]), rows, cols)
+            if pool is not None:
+                x, y = (axis.ravel()[seen] for axis in centres(store, rows, cols))
+                number = np.arange(rows.start, rows.stop)[:, None] * store.shape[1] + np.arange(cols.start, cols.stop)
+                pool.offer(
+                    number.ravel()[seen], 1 - (odds[:, 0] - odds[:, 1]), guesses, flat[seen], np.column_stack([x, y])
+                )
