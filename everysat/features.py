@@ -133,8 +133,8 @@ def extract(
     """Features of labelled places (``level="place"``: an encoder's summary) or pixels (``pixel``: its dense features at the pixel of the label).
 
     ``model``: an encoder, or a callable that gives [row, dim] of places or [row, dim, y, x] of pixels, see :mod:`everysat.baselines`. Of a part with
-    ``pairs``, features are those of after less those of before, and the size of that. ``pool="moments"``: of places also mean and standard
-    deviation of an encoder's tokens.
+    ``pairs``, features are those of after less those of before, and the size of that. ``pool="moments"``: of places mean and standard
+    deviation of an encoder's tokens in place of its summary.
 
     Raises:
         ContractError: the model takes none of the layers that are shown, or not as they are.
@@ -186,7 +186,7 @@ def _rows(model: Any, batch: Batch, level: str, gsd_m: float, pool: str) -> Tens
         )
     if level == "place":
         features = model.embed(batch)
-        return features.summary if pool == "summary" else torch.cat([features.summary, _moments(features)], 1)
+        return features.summary if pool == "summary" else _moments(features)
     return dense(model, gsd_m)(batch)
 
 

@@ -68,7 +68,7 @@ class Contender(Strict):
 
     Attributes:
         pretrain: a recipe's fields (objective, steps, ...) by which the model first learns from the training places, without their labels.
-        at: settings of the model chosen at the call, such as ``patch_m``. pool: what is taken of a place, the encoder's ``summary``, or ``moments``: with it mean and
+        at: settings of the model chosen at the call, such as ``patch_m``. pool: what is taken of a place, the encoder's ``summary``, or ``moments``: mean and
             standard deviation of its tokens over the place. finetune: a recipe's fields for ``how: finetune``. how: in place of the suite's.
         only: titles of modality subsets, and ``datasets`` on which the row stands, all by default. note: what a reader should know, such as that the weights may have seen related data.
     """

@@ -89,6 +89,7 @@ def build(
     seed: int = 0,
     tile_px: int | None = None,
     gsd_m: float | None = None,
+    by: str = "",
 ) -> Pairs:
     """Pairs of images in digital numbers, ``before`` and ``after``, and ``label``: a pixel has changed or not.
 
@@ -99,6 +100,7 @@ def build(
             pair B ``test``. ``all`` is everything.
         modalities: ``before`` or ``after`` alone, to see what one image gives away.
         fold, folds, seed: of ``dsifn``: which of the folds of images is the test; the next is ``val``.
+        by: ``scenes``: ``levir`` too is split by folds, of the scenes that its files are cut from, as fits a few samples of it.
         tile_px: side of the tiles that images are cut into; whole images by default.
         gsd_m: side of a pixel, metres; that of Beijing is not published, and 1 is a name for it.
 
@@ -107,11 +109,12 @@ def build(
     """
     variant = published.one_of(variant or "levir", FOLDERS, "variant")
     published.one_of(split, (*SPLITS, points.EVERY), "split")
+    published.one_of(by, ("", "scenes"), "by")
     layers = published.layers_of(modalities, LAYERS[:2], LAYERS[:2])
     base = published.folder(root, f"change_pairs/{variant}", (), SOURCE)
     base = base / FOLDERS[variant] if (base / FOLDERS[variant]).is_dir() else base
     files = _beijing(base) if variant == "beijing" else _paired(base)
-    chosen = _chosen(variant, base, [names[0] for names in files], split, (fold, folds, seed))
+    chosen = _chosen(variant, base, [names[0] for names in files], split, (fold, folds, seed), bool(by))
     if not chosen:
         raise ValueError(f"{base} has no pair of split={split!r}; it has {', '.join(Path(f[0]).stem for f in files)}")
     files = [files[i] for i in chosen]
@@ -137,7 +140,9 @@ def _beijing(base: Path) -> list[tuple[str, str, str]]:
     return [(f"{name}_1.jpg", f"{name}_2.jpg", f"{name}_gt.jpg") for name in found]
 
 
-def _chosen(variant: str, base: Path, names: Sequence[str], split: str, folds: tuple[int, int, int]) -> list[int]:
+def _chosen(
+    variant: str, base: Path, names: Sequence[str], split: str, folds: tuple[int, int, int], scenes: bool
+) -> list[int]:
     """Indices of the pairs of a split, by the names of their files."""
     if split == points.EVERY:
         return list(range(len(names)))
@@ -153,7 +158,9 @@ def _chosen(variant: str, base: Path, names: Sequence[str], split: str, folds: t
                 f"{base}: the name {stem!r} does not tell its split; expected {known.pattern}, or take split='all'"
             )
     of = [match[1] for match in matches if match is not None]
-    if variant == "levir":
+    if variant == "levir" and scenes:
+        of = [match[0] for match in matches if match is not None]
+    elif variant == "levir":
         return [i for i, part in enumerate(of) if part == split]
     return points.held_out(of, split, *folds).tolist()
 

@@ -34,3 +34,19 @@ def test_three_modalities_of_one_place_in_reflectance(tiles) -> None:
 def test_labels_are_the_eight_classes(tiles) -> None:
     assert tiles.labels.valid.float().mean().item() == pytest.approx(0.309, abs=0.01)
     assert len(tiles.labels.sensor.bands[0].classes) == 8
+
+
+def test_parts_lie_in_blocks_of_their_own_and_all_bands_on_one_grid(tiles) -> None:
+    options = {"tile_m": 360, "stride_m": 360, "labels": True, "block_m": 1440, "label_gsd_m": 10}
+    parts = {part: berlin.build(**options, part=part) for part in ("train", "val", "test")}
+    blocks = {part: {tuple(c // 144) for c in one.corners} for part, one in parts.items()}
+    assert all(len(of) > 5 for of in blocks.values())
+    assert not blocks["train"] & blocks["test"]
+    assert not blocks["train"] & blocks["val"]
+    grid = berlin.build("grid", tile_m=420, stride_m=420)[0].raster("s2")
+    assert tuple(grid.values.shape) == (1, 13, 42, 42)
+    assert torch.equal(
+        grid.select(["B04"]).values, berlin.build(tile_m=420, stride_m=420)[0].raster("s2-10m").select(["B04"]).values
+    )
+    with pytest.raises(LookupError, match="no variant 'gird'"):
+        berlin.build("gird")
