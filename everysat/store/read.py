@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio.features
 import shapely
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
@@ -167,6 +166,7 @@ class PixelStore(Store):
         window = self._around(geometry)
         if window is None:
             return Points.cat([], self.dim)
+        shapely.prepare(geometry)
         for touched in (geometry.area == 0, True):
             parts = [self._inside(geometry, rows, cols, touched) for rows, cols in self._parts(*window)]
             if any(len(part) for part in parts):
@@ -214,10 +214,13 @@ class PixelStore(Store):
                 yield slice(top, bottom), slice(left, right)
 
     def _inside(self, geometry: BaseGeometry, rows: slice, cols: slice, touched: bool) -> Points:
-        part = grid.crop(self.grid, rows, cols)
-        mask = rasterio.features.geometry_mask(
-            [shapely.geometry.mapping(geometry)], tuple(part.shape), part.affine, all_touched=touched, invert=True
-        )
+        top, left = np.arange(rows.start, rows.stop)[:, None], np.arange(cols.start, cols.stop)[None]
+        if touched:
+            west, north = grid.positions(self.grid.affine, left, top)
+            east, south = grid.positions(self.grid.affine, left + 1, top + 1)
+            mask = shapely.intersects(geometry, shapely.box(west, south, east, north))
+        else:
+            mask = shapely.contains_xy(geometry, *grid.positions(self.grid.affine, left + 0.5, top + 0.5))
         if not mask.any():
             return Points.cat([], self.dim)
         return self._points(rows, cols, mask)
