@@ -11,6 +11,8 @@ from everysat.io import grid
 from everysat.store.read import PixelStore
 
 _ROWS = 256
+_SHARP = {"XSCALE": 1, "YSCALE": 1}
+"""The kernel has the same width in every part of the image; GDAL would guess it from the part at hand."""
 
 
 def warp(store: PixelStore, geobox: GeoBox) -> np.ndarray:
@@ -41,7 +43,8 @@ def _warped(store: PixelStore, window: tuple[slice, slice], part: GeoBox, how: R
     moved = np.full((len(source), *part.shape), np.nan, np.float32)
     rasterio.warp.reproject(
         source, moved, src_transform=below.affine, src_crs=grid.crs_of(below).to_wkt(), src_nodata=np.nan,
-        dst_transform=part.affine, dst_crs=grid.crs_of(part).to_wkt(), dst_nodata=np.nan, resampling=how,
+        dst_transform=part.affine, dst_crs=grid.crs_of(part).to_wkt(), dst_nodata=np.nan, resampling=how, tolerance=0,
+        **({} if how is Resampling.average else _SHARP),
     )  # fmt: skip
     mean, length = moved[:-1], moved[-1]
     norm = np.linalg.norm(mean, axis=0)

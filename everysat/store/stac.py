@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import geopandas
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import shapely
-from odc.geo.geom import Geometry
 
 from everysat import __version__
 from everysat.io.output import replacing
@@ -195,11 +196,22 @@ def _instant(text: str) -> str:
 def _footprint(store: Store) -> Any:
     """Outline in degrees: of the grid, or of the box around all chips."""
     if isinstance(store, PixelStore):
-        outline = store.grid.extent
+        outline = shapely.box(*store.grid.boundingbox)
     else:
         assert isinstance(store, ChipStore)
-        outline = Geometry(shapely.box(*store.bounds), store.crs)
-    return outline.to_crs("EPSG:4326", resolution="auto", wrapdateline=True).geom
+        outline = shapely.box(*store.bounds)
+    # Edges that are straight in the CRS bend in degrees.
+    bent = shapely.segmentize(outline, outline.length / 80)
+    turned = geopandas.GeoSeries([bent], crs=store.crs).to_crs("EPSG:4326").iloc[0]
+    west, _, east, _ = turned.bounds
+    return _across(turned) if east - west > 180 and outline.bounds != turned.bounds else turned
+
+
+def _across(outline: Any) -> Any:
+    """An outline over the antimeridian, whose corners have longitudes of both signs, as its two parts."""
+    whole = shapely.transform(outline, lambda at: np.stack([at[:, 0] % 360, at[:, 1]], 1))
+    east = shapely.transform(whole & shapely.box(180, -90, 360, 90), lambda at: at - [360, 0])
+    return shapely.union_all([whole & shapely.box(0, -90, 180, 90), east])
 
 
 def _projection(store: Store) -> dict[str, Any]:
