@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from everysat.find import suggest
 from everysat.io import grid
 from everysat.io.cog import CogWriter
 from everysat.progress import track
-from everysat.store.engines import unit
+from everysat.store.engines import READERS, unit
 from everysat.store.search import model_of, pixels
 
 SCORES = {
@@ -178,7 +177,7 @@ def _write(
 
     with ExitStack() as stack:
         files = [stack.enter_context(writer) for writer in writers]
-        ready = prefetch(one, windows, workers=os.cpu_count() or 1)
+        ready = prefetch(one, windows, workers=READERS)
         for rows, cols, score in track(ready, "Comparing", len(windows), quiet=quiet):
             files[0].write(score[None], rows, cols)
             seen = np.isfinite(score)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,16 @@ import numpy as np
 import shapely
 from threadpoolctl import threadpool_limits
 
+from everysat.data.batches import prefetch
+from everysat.io import grid
+from everysat.store.read import Points, Window
+
 FLAT = 50_000
 """Fewer vectors are not worth lists: looking at all takes milliseconds."""
 ROWS = 8192
 """Vectors at a time: as float32 they stay in the cache of a core."""
+READERS = min(4, os.cpu_count() or 1)
+"""Threads that read and decode windows ahead; each holds one window in memory."""
 SAMPLED = 64
 """Vectors per list from which the centres of lists are learned."""
 
@@ -108,7 +114,32 @@ def top(score: np.ndarray, row: np.ndarray, n: int, place: np.ndarray | None = N
     return score[order], row[order]
 
 
-def scan(points: Iterable[Any], queries: np.ndarray, n: int, keep: Keep) -> list[Found]:
+def blocks(store: Any, keep: Keep | None = None) -> Iterator[Points]:
+    """All vectors of a store that are data, a window at a time, windows read ahead by several threads; without windows off the bounds of ``keep``."""
+    if store.kind != "pixel":
+        yield from store.points()
+        return
+    bounds = None if keep is None else keep.bounds
+
+    def near(window: Window) -> bool:
+        (y0, y1), (x0, x1) = ((span.start, span.stop) for span in window)
+        x, y = grid.positions(store.geobox.affine, [x0, x1, x0, x1], [y0, y0, y1, y1])
+        return bounds is None or not (
+            x.max() < bounds[0] or y.max() < bounds[1] or x.min() > bounds[2] or y.min() > bounds[3]
+        )
+
+    def one(window: Window) -> Points:
+        rows, cols = window
+        flat = store.read(rows, cols).reshape(-1, store.dim)
+        y, x = np.divmod(np.flatnonzero(np.isfinite(flat).all(1)), cols.stop - cols.start)
+        vectors = flat if len(y) == len(flat) else flat[y * (cols.stop - cols.start) + x]
+        east, north = grid.positions(store.geobox.affine, x + cols.start + 0.5, y + rows.start + 0.5)
+        return Points(vectors, east, north, (y + rows.start).astype(np.int64) * store.shape[1] + x + cols.start)
+
+    yield from prefetch(one, filter(near, store.windows()), workers=READERS)
+
+
+def scan(points: Iterable[Points], queries: np.ndarray, n: int, keep: Keep) -> list[Found]:
     """For each of ``queries`` [m, dim] the exact ``n`` best of a stream of points, in the memory of one block and the answers."""
     best: list[Found] = [Found(*(np.empty(0, t) for t in (np.float32, np.int64, float, float))) for _ in queries]
     for block in points:
@@ -196,7 +227,7 @@ class Scan:
 
     def best(self, query: np.ndarray, n: int, keep: Keep) -> Found:
         """The ``n`` places of the highest cosine to ``query`` [dim], of unit length, among those that are kept."""
-        return scan(self.store.points(), query[None], n, keep)[0]
+        return scan(blocks(self.store, keep), query[None], n, keep)[0]
 
 
 class Exact:

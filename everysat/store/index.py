@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 from everysat.find import suggest
 from everysat.io.output import replacing
 from everysat.progress import track
-from everysat.store.engines import KINDS, Facts, Found, Keep, Places, coded, optional, scan, unit
+from everysat.store.engines import KINDS, Facts, Found, Keep, Places, blocks, coded, optional, scan, unit
+from everysat.store.read import Points
 
 ENGINES = ("auto", *KINDS)
 FORMAT = 1
@@ -111,8 +113,8 @@ def open_index(store: Any) -> Any | None:
     again = f"run: everysat index {store.path}"
     try:
         facts = Facts(**json.loads((folder / "index.json").read_text(encoding="utf-8")))
-        kind = KINDS[facts.engine]
-    except (TypeError, ValueError, KeyError) as error:
+        KINDS[facts.engine]
+    except (TypeError, ValueError, LookupError) as error:
         raise ValueError(f"{folder} is no index that this version knows ({error}); {again}") from error
     if facts.format != FORMAT:
         raise ValueError(f"{folder} has format {facts.format}, this version reads {FORMAT}; {again}")
@@ -120,7 +122,13 @@ def open_index(store: Any) -> Any | None:
         raise ValueError(
             f"the index {folder} is stale: {store.path} changed after it was made; {again}, or search with engine='scan'"
         )
-    return kind(folder, facts)
+    return _opened(folder, facts, (folder / "index.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: Path, facts: Facts, written_ns: int) -> Any:
+    """Opening takes longer than searching, hence the last few engines stay open."""
+    return KINDS[facts.engine](folder, facts)
 
 
 @dataclass(frozen=True)
@@ -132,21 +140,11 @@ class Sample:
     count: int
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A block of points whose vectors have unit length."""
-
-    vectors: np.ndarray
-    index: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-
-
 def _sample(store: Any, size: int, seed: int, quiet: bool) -> Sample:
     """Those with the smallest random keys, in the order of the keys; nothing is read for a sample of none."""
     rng, count = np.random.default_rng(seed), 0
     key, index, vectors = np.empty(0), np.empty(0, np.int64), np.empty((0, store.dim), np.float32)
-    for block in track(store.points(), "Sampling", quiet=quiet) if size else ():
+    for block in track(blocks(store), "Sampling", quiet=quiet) if size else ():
         count += len(block.index)
         key = np.concatenate([key, rng.random(len(block.index))])
         order = np.argsort(key, kind="stable")[:size]
@@ -163,15 +161,15 @@ def _written(folder: Path, store: Any, facts: Facts, sample: Sample, quiet: bool
     places = Places(folder)
     writer = KINDS[facts.engine].Writer(folder, store, sample.vectors, sample.count)
 
-    def blocks() -> Iterator[_Unit]:
-        for block in track(store.points(), f"Indexing with {facts.engine}", quiet=quiet):
-            ready = _Unit(unit(block.vectors), block.index, block.x, block.y)
+    def passed() -> Iterator[Points]:
+        for block in track(blocks(store), f"Indexing with {facts.engine}", quiet=quiet):
+            ready = Points(unit(block.vectors), block.x, block.y, block.index)
             places.add(ready)
             writer.add(ready)
             yield ready
 
     try:
-        truth = scan(blocks(), sample.vectors[:QUERIES], NEIGHBOURS + 1, Keep())
+        truth = scan(passed(), sample.vectors[:QUERIES], NEIGHBOURS + 1, Keep())
     finally:
         places.close()
     dtype, lists = writer.finish()

@@ -9,7 +9,6 @@ ranks by distance to the classes' means, and the report says that the confidence
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from everysat.nn.probe import Scale, fit_linear, fit_neighbours, sample_weights
 from everysat.nn.scores import accuracy, calibration_error, confusion_matrix, fit_temperature, macro_f1
 from everysat.progress import track
 from everysat.store.active import Pool, to_label
+from everysat.store.engines import READERS
 from everysat.store.search import centres, per_unit, pixels
 from everysat.table import Table
 
@@ -337,7 +337,7 @@ def _map(
 ) -> None:
     """Write both maps; ``pool`` is shown every pixel."""
     windows, names = list(store.windows()), dict(enumerate(labelled.classes))
-    ready = prefetch(lambda window: store.read(*window), windows, workers=os.cpu_count() or 1)
+    ready = prefetch(lambda window: store.read(*window), windows, workers=READERS)
     classes = CogWriter(paths["classes"], store.geobox, ["class"], dtype="uint8", nodata=NO_CLASS, classes=names)
     confidence = CogWriter(paths["confidence"], store.geobox, ["confidence"], units="%", dtype="uint8", nodata=NO_CLASS)
     with classes, confidence:

@@ -7,7 +7,6 @@ which every engine answers. A score is the cosine of a place's vector and the qu
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from everysat.io import dates, grid, vector
 from everysat.io.cog import CogWriter
 from everysat.io.output import replacing
 from everysat.progress import track
-from everysat.store.engines import Away, Found, Keep, Scan, unit
+from everysat.store.engines import READERS, Away, Found, Keep, Scan, unit
 from everysat.store.index import open_index
 from everysat.table import Table
 
@@ -51,7 +50,7 @@ class Hits:
         score: cosine to the query, [n].
         store: which of ``stores`` a hit lies in, [n]; ``periods`` are those of the stores.
         index: number of the place in its store (row-major pixel or row of the table), [n].
-        lon, lat: of the centre, degrees, [n]. footprint: squares of pixels, points of chips, in degrees.
+        lon, lat: of the centre, degrees, [n]. footprint: of the pixels or chips, polygons in degrees.
         how: one line a store: which engine answered.
     """
 
@@ -218,7 +217,7 @@ def heat_map(
         return rows, cols, score
 
     windows = list(store.windows())
-    ready = prefetch(scored, windows, workers=os.cpu_count() or 1)
+    ready = prefetch(scored, windows, workers=READERS)
     with CogWriter(path, store.geobox, ["cosine"], units="1", tags={"source": Path(store.path).name}) as file:
         for rows, cols, score in track(ready, "Scoring", len(windows), quiet=quiet):
             file.write(score[None], rows, cols)
@@ -391,7 +390,7 @@ def _hits(picks: list[Pick], stores: list[Any], how: tuple[str, ...]) -> Hits:
             ring = [convert.transform(x[mine] + a.a * c + a.b * r, y[mine] + a.d * c + a.e * r) for c, r in corners]
             shapes[mine] = shapely.polygons(np.moveaxis(np.array(ring), 0, 1).T)
         else:
-            shapes[mine] = shapely.points(lon[mine], lat[mine])
+            shapes[mine] = store.footprints(index[mine]).to_crs(DEGREES).to_numpy()
     names, periods = tuple(str(s.path) for s in stores), tuple(_period(s) for s in stores)
     return Hits(score, which, index, lon, lat, tuple(shapes), names, periods, how)
 
