@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from everysat.cli.options import Quiet, console, show
+from everysat.cli.options import Quiet, show
 
 app = typer.Typer()
 AStore = Annotated[Path, typer.Argument(help="a store of embeddings, as everysat embed -o area.zarr writes it")]
@@ -95,7 +95,9 @@ def label(
         open_store(store), places, column, out,
         how=how, classes=names, next_places=next_places, skip_outside=skip_outside, quiet=quiet,
     )  # fmt: skip
-    console().print(result.table())
+    show(result.table())
+    for note in result.notes:
+        print(note)
     for what, path in result.paths.items():
         print(f"{what}: {path}")
 

@@ -91,14 +91,19 @@ class Result:
     fitted: Fitted
 
     def table(self) -> Table:
-        """Labelled places and pixels of each class; the scores are notes."""
+        """Labelled places and pixels of each class."""
         of = np.array(self.labelled.of)
         pixels = torch.bincount(self.labelled.label, minlength=len(self.labelled.classes)).tolist()
         rows = [
             {"class": name, "places": int((of == c).sum()), "pixels": pixels[c]}
             for c, name in enumerate(self.labelled.classes)
         ]
-        return Table.of("Labels", rows, (*self.labelled.notes, *self.fitted.notes))
+        return Table.of("Labels", rows)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, how it was fitted and what it is worth, for people."""
+        return (*self.labelled.notes, *self.fitted.notes)
 
 
 def label(

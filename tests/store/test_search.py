@@ -10,8 +10,10 @@ import geopandas
 import numpy as np
 import pytest
 import rasterio
-from made_store import box, in_degrees, made_store, random_vectors, read_all
+import shapely
+from made_store import NORTH, WEST, box, in_degrees, made_store, random_vectors, read_all
 
+from everysat.store import Points, open_store, write_chips
 from everysat.store.engines import Keep, scan
 from everysat.store.index import build
 from everysat.store.search import Hits, heat_map, query, search
@@ -169,6 +171,33 @@ def test_every_quantiser_is_searched_exactly(quantiser: str, tmp_path: Path) -> 
     found = search(store, x[333], top=40, engine="index")
     scores = np.where(np.isfinite(x).all(1), x @ x[333], -np.inf)
     np.testing.assert_allclose(found.score, np.sort(scores)[::-1][:40], atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["scan", "exact"])
+def test_chips_are_found_with_their_footprints(engine: str, tmp_path: Path) -> None:
+    x = random_vectors(10, 30, seed=5)
+    x[np.isnan(x)] = 0.25
+    row, col = (axis.ravel() for axis in np.mgrid[:10, :30])
+    west, north = WEST + 320 * col, NORTH - 320 * row
+    write_chips(
+        tmp_path / "c.parquet", shapely.box(west, north - 320, west + 320, north), x.reshape(-1, 16), "EPSG:32631"
+    )
+    chips = open_store(tmp_path / "c.parquet")
+    if engine == "exact":
+        assert build(chips, "exact", quiet=True).count == 300
+    lonlat = in_degrees(320 * 7 + 100, 320 * 4 + 10)
+    found = search(chips, query(chips, like=lonlat), top=300, engine=engine.replace("exact", "index"))
+    every = Points.cat(list(chips.points()), 16)
+    unit = every.vectors / np.linalg.norm(every.vectors, axis=1, keepdims=True)
+    mine = unit[int(found.index[0])]
+    np.testing.assert_allclose(mine, chips.at(lonlat[0]) / np.linalg.norm(chips.at(lonlat[0])), atol=1e-6)
+    np.testing.assert_allclose(found.score, np.sort(unit @ mine)[::-1], atol=1e-5)
+    assert found.footprint[0].contains(shapely.Point(*lonlat[0]))
+    assert geopandas.GeoSeries(found.footprint, crs="EPSG:4326").to_crs("EPSG:32631").area.max() == pytest.approx(
+        320**2, rel=1e-3
+    )
+    with pytest.raises(ValueError, match="a heat map needs a store of pixels"):
+        heat_map(chips, mine, tmp_path / "h.tif")
 
 
 def test_hits_are_saved_with_places_that_lead_back(store: Any, tmp_path: Path) -> None:
