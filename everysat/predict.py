@@ -245,8 +245,8 @@ class _Writer:
             if str(self.parts.folder) in str(error):
                 raise
             raise OSError(
-                f"cannot write {path}: {error}. Free some space there, or let it be written, and run the same command again: "
-                f"the finished windows are kept in {self.parts.folder}"
+                f"cannot write {path} ({error}). Make room there, and run the same command again: the finished windows are kept in "
+                f"{self.parts.folder}"
             ) from error
 
     def _assemble(self, items: Iterator[Finished]) -> None:

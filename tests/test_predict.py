@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +77,46 @@ def test_too_small_a_halo_would_be_seen(tmp_path):
     """The law above is not empty: without a halo the seams differ."""
     made = predict(dense(), scene(), tmp_path / "features.tif", window_m=180.0, halo_m=0.0, quiet=True)
     assert np.abs(read(made["features"]) - dense()(scene())[0].numpy()).max() > 0.01
+
+
+def test_the_seam_measure_is_one_where_no_seam_is_and_shows_those_that_are(tmp_path):
+    assert predict(dense(), scene(), tmp_path / "whole.tif", quiet=True).seam is None, "there is one window"
+    seamless = predict(dense(), scene(), tmp_path / "local.tif", window_m=90.0, quiet=True).seam
+    assert 0.9 < seamless < 1.1
+
+    class Shifted(type(dense())):
+        """Another level in each window, as of an encoder that looks at the whole of it."""
+
+        def __call__(self, batch):
+            x = super().__call__(batch)
+            return x + 3 * x.nanmean()
+
+    shifted = Shifted(**vars(dense()))
+    y, x = torch.linspace(0, 1, 54)[:, None], torch.linspace(0, 1, 66)
+    smooth = image_batch(torch.stack([y + 0 * x, y * x])[None])
+    smooth = Batch(scene().places, smooth.layers)
+    args = {"window_m": 90.0, "quiet": True}
+    assert 0.8 < predict(dense(), smooth, tmp_path / "smooth.tif", **args).seam < 1.2
+    hard = predict(shifted, smooth, tmp_path / "hard.tif", **args).seam
+    soft = predict(shifted, smooth, tmp_path / "soft.tif", halo_m=30.0, blend=True, **args).seam
+    assert hard > 1.5
+    assert abs(soft - 1) < 0.5 * abs(hard - 1)
+
+
+def test_where_the_mapper_sees_all_of_a_window_the_difference_is_bounded(tmp_path):
+    """A mapper of unbounded sight cannot give the map in one piece; what is left differs by less than half of the spread of the
+    features, and blending does not add to it."""
+
+    class Wide(type(dense())):
+        def __call__(self, batch):
+            x = super().__call__(batch)
+            return x + 0.5 * x.nanmean((2, 3), keepdim=True)
+
+    wide = Wide(**vars(dense()))
+    whole = wide(scene())[0].numpy()
+    for blend in (False, True):
+        made = predict(wide, scene(), tmp_path / f"{blend}.tif", window_m=180.0, blend=blend, quiet=True)
+        assert 0 < np.abs(read(made["features"]) - whole).max() < 0.5 * whole.std()
 
 
 def test_statistics_with_their_halo(tmp_path):

@@ -13,6 +13,8 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from odc.geo.geobox import GeoBox
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from everysat.io import dates, grid, labels
@@ -162,6 +164,8 @@ class CogWriter:
             self._file = None
             if kind is None:
                 self._finish()
+        except (RasterioError, CPLE_BaseError) as failure:
+            raise OSError(f"cannot write {self.path}: {failure}. Is the disk full?") from failure
         finally:
             remove(self._tiles)
 
@@ -174,6 +178,9 @@ class CogWriter:
                 self._tiles, partial, driver="COG", BLOCKSIZE=block, COMPRESS="DEFLATE", PREDICTOR="YES", NUM_THREADS="2",
                 BIGTIFF="IF_SAFER", OVERVIEW_RESAMPLING="MODE" if self._coded else "AVERAGE",
             )  # fmt: skip
+            with rasterio.open(partial) as file:  # GDAL may close a file that lacks its end without a word
+                height, width = (slice(max(0, n - 1), n) for n in file.shape)
+                file.read(window=Window.from_slices(height, width))
 
 
 def storage(bands: Sequence[Band]) -> tuple[str, float]:

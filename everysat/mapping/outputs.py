@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import shapely
 from rasterio.errors import RasterioError
 
 from everysat.io.cog import CogWriter
@@ -83,7 +84,8 @@ class Geotiffs:
             self.paths = {"classes": out, "confidence": _beside(out, "confidence")}
             if probabilities:
                 self.paths["probabilities"] = _beside(out, "probabilities")
-        self._stack, self._writers = ExitStack(), {}
+        self._stack = ExitStack()
+        self._writers: dict[str, CogWriter] = {}
 
     def __enter__(self) -> Geotiffs:
         self._writers = {kind: self._stack.enter_context(self._writer(kind, path)) for kind, path in self.paths.items()}
@@ -180,19 +182,21 @@ class Chips(Pixels):
     def __enter__(self) -> Chips:
         from everysat.store import ChipWriter
 
-        rule = _rule(self.quantiser, self.parts, fit=True)
-        path = self.paths["features"]
-        self._writer = ChipWriter(path, self.geobox.crs, self.parts.channels, quantiser=rule, **self.facts)
+        rule, side_m = _rule(self.quantiser, self.parts, fit=True), self.parts.plan.gsd_m
+        path, crs = self.paths["features"], self.geobox.crs.to_wkt()
+        writer = ChipWriter(path, self.parts.channels, crs, quantiser=rule, gsd_m=side_m, **self.facts)
+        self._writer = writer.__enter__()
         return self
 
-    def write(self, box: Box, image: np.ndarray) -> None:
-        import shapely
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
 
+    def write(self, box: Box, image: np.ndarray) -> None:
         y, x = np.nonzero(np.isfinite(image).all(0))
-        a = self.geobox.affine
-        left, top = a.c + (box[2] + x) * a.a, a.f + (box[0] + y) * a.e
-        squares = shapely.box(left, top + a.e, left + a.a, top)
-        self._writer.write(image[:, y, x].T, squares)
+        if len(y):
+            a = self.geobox.affine
+            left, top = a.c + (box[2] + x) * a.a, a.f + (box[0] + y) * a.e
+            self._writer.add(shapely.box(left, top + a.e, left + a.a, top), image[:, y, x].T)
 
 
 def _fitted(quantiser: str) -> bool:

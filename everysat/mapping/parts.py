@@ -71,6 +71,8 @@ class Parts:
             return ""
         if before == self.facts:
             return None
+        if not isinstance(before, dict):
+            return ""
         return " and ".join(name for name in {**self.facts, **before} if before.get(name) != self.facts.get(name))
 
     def _clear(self, reason: str) -> None:
@@ -85,7 +87,7 @@ class Parts:
     def _complete(self, window: Window) -> bool:
         try:
             return self.load(window).shape in ((0,), self._shape(window))
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return False
 
     def _shape(self, window: Window) -> tuple[int, int, int]:

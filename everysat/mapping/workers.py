@@ -209,7 +209,12 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     Raises:
         ImportError: Ray is not installed. ConnectionError: there is no such cluster.
     """
+    alone = address in (None, "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if (
+        alone
+    ):  # read when Ray is imported, and by the servers it starts: these then listen on the loopback interface alone
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
@@ -217,7 +222,7 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     ours = not ray.is_initialized()
     if ours:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if address in (None, "local"):
+        if alone:
             ray.init(
                 num_cpus=workers or cores(), include_dashboard=False, _node_ip_address="127.0.0.1", **quiet
             )  # fmt: skip
@@ -267,14 +272,14 @@ class _Team:
                         image = self.ray.get(ref)
                     except self.ray.exceptions.RayActorError as error:
                         self._dismiss(actor)
-                        failure: BaseException = RuntimeError(f"its worker died: {_first_line(error)}")
+                        failure: BaseException = RuntimeError(f"its worker died: {_last_line(error)}")
                     except self.ray.exceptions.RayTaskError as error:
                         failure = _cause(error)
                     else:
                         yield window, image
                         continue
                     if tries.again(window, failure):
-                        todo.append(window)
+                        todo.appendleft(window)
                     else:
                         todo.clear()
             tries.give_up()
@@ -314,5 +319,6 @@ def _cause(error: Any) -> BaseException:
     return cause
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _last_line(error: BaseException) -> str:
+    """Of a traceback as text, the error itself."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -194,7 +194,7 @@ def _chipped(embed: Embed, view: Batch, tokens: tuple[int, int], plan: _Plan, ba
     total, count = torch.zeros(1), torch.zeros(tokens)
     for i in range(0, len(corners), batch_size):
         some = corners[i : i + batch_size]
-        grids = _encode(embed, _cut(view, some, height, width, plan.token_m), height, width)
+        grids = _encode(embed, cut(view, some, height, width, plan.token_m), height, width)
         if total.ndim == 1:
             total = torch.zeros(grids.shape[1], *tokens)
         seen = torch.isfinite(grids[:, 0])
@@ -219,7 +219,7 @@ def _centred(height: int, width: int) -> Tensor:
     return (1 + torch.maximum(y[:, None], x[None])) ** -2
 
 
-def _cut(view: Batch, corners: Sequence[tuple[int, int]], height: int, width: int, token_m: float) -> Batch:
+def cut(view: Batch, corners: Sequence[tuple[int, int]], height: int, width: int, token_m: float) -> Batch:
     """The chips at these corners (in tokens) as the places of one batch."""
     n = len(corners)
     layers = {}

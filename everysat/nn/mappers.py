@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from everysat.nn.dense import dense_at, dense_features
+from everysat.nn.dense import cut, dense_at, dense_features, shifted
 from everysat.nn.grid import grid_shape
 from everysat.nn.probe import Linear
 from everysat.types import Batch, Encoder, Features, Task
@@ -90,6 +90,52 @@ class Dense:
         options = {name: getattr(self, name) for name in ("token_m", "shifts", "chip_m", "stride_m", "batch_size")}
         known = self.encoder.known(batch)
         return dense_at(self.embed or self.encoder, known, self.gsd_m, y, x, **options)
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """One vector a square of ``chip_m`` metres: the encoder's summary of it, as a pixel of that size; NaN where it has no token."""
+
+    encoder: Encoder
+    chip_m: float
+    batch_size: int = 64
+
+    @property
+    def gsd_m(self) -> float:
+        return self.chip_m
+
+    @property
+    def align_m(self) -> float:
+        return common_multiple([self.chip_m, *(i.gsd_m for i in self.encoder.inputs.values())])
+
+    @property
+    def halo_m(self) -> float:
+        return 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"feature {i}" for i in range(self.encoder.dim))
+
+    @property
+    def probabilistic(self) -> bool:
+        return False
+
+    def __call__(self, batch: Batch) -> Tensor:
+        shape = grid_shape(batch.places, self.chip_m)
+        known = self.encoder.known(batch)
+        return torch.stack([self._place(known[index], shape) for index in range(len(batch))])
+
+    def _place(self, place: Batch, shape: tuple[int, int]) -> Tensor:
+        view = shifted(place, 0.0, 0.0, shape, self.chip_m)
+        corners = [(y, x) for y in range(shape[0]) for x in range(shape[1])]
+        found = []
+        for start in range(0, len(corners), self.batch_size):
+            chips = cut(view, corners[start : start + self.batch_size], 1, 1, self.chip_m)
+            features = self.encoder.embed(chips)
+            seen = torch.zeros(len(chips), 1, dtype=torch.bool)
+            seen[features.coords.row.cpu()] = True
+            found.append(torch.where(seen, features.summary.float().cpu(), torch.nan))
+        return torch.cat(found).T.reshape(-1, *shape)
 
 
 @dataclass(frozen=True)
