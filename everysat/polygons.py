@@ -243,9 +243,9 @@ def probe_mapper(
 
 
 def task_mapper(encoder: Encoder, task: Task) -> Tasked:
-    """What maps with a fine-tuned task, token grid by token grid."""
+    """What maps with a fine-tuned task, by squares of the size that its encoder was trained on."""
     side = token_m(encoder)
     gsd_m = float(task.config.get("gsd_m") or side)
     settings: Any = encoder.settings
     chip_m = settings.chip_m
-    return Tasked(encoder, task, gsd_m, align_m=chip_m, halo_m=chip_m)
+    return Tasked(encoder, task, gsd_m, align_m=chip_m, halo_m=0.0, chip_m=chip_m)

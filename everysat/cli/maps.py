@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +26,13 @@ from everysat.cli.options import (
 
 app = typer.Typer()
 
+Workers = Annotated[int | None, typer.Option(help="processes that compute windows, through Ray; one per device")]
+Cluster = Annotated[str | None, typer.Option(help="Ray cluster: ray://HOST:PORT, HOST:PORT or auto")]
+WindowM = Annotated[float | None, typer.Option(help="side of a window, metres; by default 3840 or what fits 64 MB")]
+Blend = Annotated[bool, typer.Option("--blend", help="windows fade into each other")]
+MinValid = Annotated[float, typer.Option(help="windows of which a smaller share was observed are no data")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; an accelerator if there is one, by default")]
+
 
 @app.command()
 def predict(
@@ -35,37 +45,43 @@ def predict(
     column: Annotated[str | None, typer.Option(help="which attribute holds the class")] = None,
     gsd_m: Annotated[float | None, typer.Option(help="pixel of the map, metres; the finest input by default")] = None,
     shifts: Annotated[int, typer.Option(help="token grids per axis for maps finer than tokens")] = 1,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="write those of all classes too")] = False,
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
     period: Period = None,
     source: Source = None,
     at: At = None,
+    window_m: WindowM = None,
+    blend: Blend = False,
+    min_valid: MinValid = 0.0,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """A map and its confidence, of an area of any size. Interrupted, the same command goes on."""
     from everysat import polygons
     from everysat.models import weights
-    from everysat.predict import predict as run
 
     if labels is None:
         encoder, task = weights.load_task(model)
-        mapper: Any = polygons.task_mapper(encoder, task)
+        mapper: Any = polygons.task_mapper(*_on(device, encoder, task))
         scene = scene_of(files, encoder, sensor, times, place, period, source)
     else:
         if column is None:
             raise ValueError("--labels needs --column, the attribute that holds the class")
-        encoder = encoder_of(model, at)
+        (encoder,) = _on(device, encoder_of(model, at))
         scene = scene_of(files, encoder, sensor, times, place, period, source)
         mapper = polygons.probe_mapper(encoder, scene.read(), labels, column, gsd_m=gsd_m, shifts=shifts)
-    for what, path in run(mapper, scene, out, quiet=quiet).items():
-        print(f"{what}: {path}")
+    options = {"window_m": window_m, "blend": blend, "min_valid": min_valid, "workers": workers, "cluster": cluster}
+    _run(mapper, scene, out, probabilities=probabilities, quiet=quiet, **options)
 
 
 @app.command()
 def embed(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help=".zarr, .tif or .parquet")],
+    out: Annotated[Path, typer.Option("--out", "-o", help=".zarr or .tif: one vector a token; .parquet: one a chip")],
     files: AnyFiles = None,
     sensor: Sensor = None,
     times: Times = None,
@@ -73,19 +89,75 @@ def embed(
     period: Period = None,
     source: Source = None,
     at: At = None,
+    chip_m: Annotated[
+        float | None, typer.Option(help="side of a chip, metres; by default what the model learned on")
+    ] = None,
+    quantiser: Annotated[
+        str | None,
+        typer.Option(help="of .zarr and .parquet: int8-linear/1 (default), float32/1, binary/1, pca-int8/1 ..."),
+    ] = None,
+    window_m: WindowM = None,
+    blend: Blend = False,
+    min_valid: MinValid = 0.0,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Features of an area, one per token: as a Cloud-Optimized GeoTIFF (of any size, resumable), Zarr or GeoParquet."""
+    """Embeddings of an area of any size: a store that search and label take, or a GeoTIFF. Interrupted, the same command goes on."""
     from everysat import polygons
-    from everysat.io.write import write
-    from everysat.predict import predict as run
-    from everysat.types import Features
+    from everysat.nn.mappers import Summaries
 
-    encoder = encoder_of(model, at)
+    (encoder,) = _on(device, encoder_of(model, at))
     scene = scene_of(files, encoder, sensor, times, place, period, source)
-    mapper = polygons.dense(encoder, polygons.token_m(encoder))
-    if out.suffix in (".tif", ".tiff"):
-        print(run(mapper, scene, out, quiet=quiet)["features"])
-        return
-    batch = scene.read()
-    print(write(Features.of_grid(mapper(batch), batch.places, mapper.gsd_m), out))
+    if out.suffix.lower() == ".parquet":
+        mapper: Any = Summaries(encoder, chip_m or encoder.settings.chip_m)
+    else:
+        mapper = polygons.dense(encoder, polygons.token_m(encoder), chip_m=chip_m)
+    facts = _facts(model, scene)
+    options = {"window_m": window_m, "blend": blend, "min_valid": min_valid, "workers": workers, "cluster": cluster}
+    _run(mapper, scene, out, quantiser=quantiser, facts=facts, quiet=quiet, **options)
+
+
+def _on(device: str | None, *networks: Any) -> tuple[Any, ...]:
+    import torch
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return tuple(network.to(chosen) for network in networks)
+
+
+def _run(mapper: Any, scene: Any, out: Path, **options: Any) -> None:
+    """Map, then say what was written, how fast, and whether the edges of windows show."""
+    from everysat.predict import predict as run
+
+    try:
+        made = run(mapper, scene, out, **options)
+    except KeyboardInterrupt:
+        print(f"everysat: finished windows are kept in {out}.parts", file=sys.stderr)
+        raise
+    for what, path in made.items():
+        print(f"{what}: {path}")
+    if made.seam is not None and not options["quiet"]:
+        print(f"seam: {made.seam:.3f} (differences across edges of windows over those inside; 1 where none shows)")
+    if made.pixels and not options["quiet"]:
+        print(f"speed: {made.pixels / made.seconds:.4g} pixels/s")
+
+
+def _facts(model: str, scene: Any) -> dict[str, Any]:
+    """What a store says it was made from."""
+    from everysat.io import dates
+    from everysat.mapping.source import SceneSource
+    from everysat.models import weights
+
+    source = SceneSource(scene, min(layer.gsd_m for layer in scene.layers.values()))
+    spans = [t for layer in scene.layers.values() for t in layer.times if math.isfinite(t[0]) and math.isfinite(t[1])]
+    when = (dates.iso(min(a for a, _ in spans)), dates.iso(max(b for _, b in spans))) if spans else None
+    path = Path(model) if Path(model).is_file() else weights.installed(model)
+    contract = weights.contract_path(path)
+    told = json.loads(contract.read_text(encoding="utf-8")) if contract.is_file() else {}
+    known = {"name": told.get("name") or Path(model).stem, "weights": told.get("sha256"), "family": told.get("family")}
+    return {
+        "period": when,
+        "model": {k: v for k, v in known.items() if v},
+        "source": [Path(n).name for n in source.names],
+    }

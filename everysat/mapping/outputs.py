@@ -218,7 +218,8 @@ def _rule(quantiser: str, parts: Parts, fit: bool = False) -> Any:
         flat = parts.read(window.core).reshape(parts.channels, -1).T
         seen = flat[np.isfinite(flat).all(1)]
         found.append(seen[:: -(-len(seen) // each) or 1])
-    return quantise.fit(quantiser, np.concatenate(found))
+    few = {"k": parts.channels} if parts.channels < 64 else {}
+    return quantise.fit(quantiser, np.concatenate(found), **few)
 
 
 FAILURES = (OSError, RasterioError)

@@ -176,13 +176,16 @@ class Classified:
 
 @dataclass(frozen=True)
 class Tasked:
-    """What a trained task predicts from an encoder's features, pixel by pixel."""
+    """What a trained task predicts from an encoder's features, pixel by pixel. With ``chip_m``, of squares of that side, as it was
+    trained on, side by side; else the encoder sees the whole place at once."""
 
     encoder: Encoder
     task: Task
     gsd_m: float
     align_m: float
     halo_m: float
+    chip_m: float | None = None
+    batch_size: int = 16
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -193,8 +196,25 @@ class Tasked:
         bands = self.task.sensor.bands
         return self.task.sensor.kind == "classes" and all(band.unit == "probability" for band in bands)
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
+        if self.chip_m is None:
+            return self._predicted(batch)
+        height, width = grid_shape(batch.places, self.gsd_m)
+        chips = grid_shape(batch.places, self.chip_m)
+        images = [self._chipped(batch[index], chips, self.chip_m) for index in range(len(batch))]
+        return torch.stack(images)[:, :, :height, :width]
+
+    def _chipped(self, place: Batch, shape: tuple[int, int], chip_m: float) -> Tensor:
+        """The image [channel, y, x] of one place, chip by chip."""
+        view = shifted(place, 0.0, 0.0, shape, chip_m)
+        corners = [(y, x) for y in range(shape[0]) for x in range(shape[1])]
+        parts = [corners[i : i + self.batch_size] for i in range(0, len(corners), self.batch_size)]
+        found = torch.cat([self._predicted(cut(view, some, 1, 1, chip_m)).cpu() for some in parts])
+        rows = found.unflatten(0, shape).permute(2, 0, 3, 1, 4)
+        return rows.flatten(3).flatten(1, 2)
+
+    @torch.no_grad()
+    def _predicted(self, batch: Batch) -> Tensor:
         was_training, device = self.encoder.training, next(self.encoder.parameters()).device
         features = self.task.features(self.encoder.eval(), batch.to(device))
         self.encoder.train(was_training)
