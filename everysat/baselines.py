@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -144,9 +144,7 @@ class PlaceStatistics:
     layers: tuple[str, ...] = ()
 
     def __call__(self, batch: Batch) -> Tensor:
-        return torch.stack(
-            [torch.cat([_moments(one) for _, one in _layers(batch, self.layers, row)]) for row in range(len(batch))]
-        )
+        return torch.cat([_moments(one, len(batch)) for _, one in _layers(batch, self.layers)], 1)
 
 
 @dataclass(frozen=True)
@@ -160,30 +158,33 @@ class Series:
     position: bool = False
 
     def __call__(self, batch: Batch) -> Tensor:
-        return torch.stack([self._place(batch, row) for row in range(len(batch))])
-
-    def _place(self, batch: Batch, row: int) -> Tensor:
-        layers = list(_layers(batch, self.layers, row))
-        dated = {name for name, _ in layers if torch.isfinite(batch.raster(name).time_s).all()}
-        times = torch.cat([one.time_s for name, one in layers if name in dated] or [torch.zeros(0, 2)])
-        start, end = (float(times.min()), float(times.max())) if len(times) else (torch.nan, torch.nan)
-        parts = [self._table(one, self.steps if name in dated else 1, start, end) for name, one in layers]
+        layers, rows = _layers(batch, self.layers), len(batch)
+        dated = {name for name, one in layers if torch.isfinite(one.time_s).all()}
+        start, end = torch.full((2, rows), torch.nan, dtype=torch.float64)
+        for name, one in layers:
+            if name in dated:
+                start = torch.fmin(
+                    start, start.scatter_reduce(0, one.row, one.time_s[:, 0], "amin", include_self=False)
+                )
+                end = torch.fmax(end, end.scatter_reduce(0, one.row, one.time_s[:, 1], "amax", include_self=False))
+        parts = [self._table(one, rows, self.steps if name in dated else 1, start, end) for name, one in layers]
         if dated:
-            angle = torch.tensor((start + end) / 2 / 86400 / 365.25 * 2 * torch.pi, dtype=torch.float64)
-            parts.append(torch.stack([angle.sin(), angle.cos()]).float())
+            angle = (start + end) / 2 / 86400 / 365.25 * 2 * torch.pi
+            parts.append(torch.stack([angle.sin(), angle.cos()], 1).float())
         if self.position:
-            parts.append(torch.tensor(batch.places[row].lonlat or (torch.nan, torch.nan)))
-        return torch.cat(parts)
+            parts.append(torch.tensor([place.lonlat or (torch.nan, torch.nan) for place in batch.places]))
+        return torch.cat(parts, 1)
 
     @staticmethod
-    def _table(one: Raster, steps: int, start: float, end: float) -> Tensor:
-        middle = one.time_s.mean(1) if steps > 1 else torch.zeros(len(one.row))
-        step = ((middle - start) / (end - start) * steps).long().clamp(0, steps - 1)
-        step = step if steps > 1 else torch.zeros_like(step)
+    def _table(one: Raster, rows: int, steps: int, start: Tensor, end: Tensor) -> Tensor:
+        cell = one.row * steps
+        if steps > 1:
+            share = (one.time_s.mean(1) - start[one.row]) / (end - start)[one.row]
+            cell = cell + (share * steps).long().clamp(0, steps - 1)
         seen = one.valid.sum((2, 3)).float()
         total = torch.where(one.valid, one.values, 0.0).sum((2, 3))
-        sums = [part.new_zeros(steps, part.shape[1]).index_add(0, step, part) for part in (total, seen)]
-        return torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), torch.nan).flatten()
+        sums = [part.new_zeros(rows * steps, part.shape[1]).index_add(0, cell, part) for part in (total, seen)]
+        return torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), torch.nan).view(rows, -1)
 
 
 @dataclass(frozen=True)
@@ -197,34 +198,32 @@ class Pooled:
         return torch.cat([part.flatten(2).nanmean(2) for part in some], 1)
 
 
-def _layers(batch: Batch, wanted: tuple[str, ...], row: int) -> Iterator[tuple[str, Raster]]:
-    """The raster layers of one place of a batch, by name."""
-    for name in wanted or sorted(n for n, layer in batch.layers.items() if isinstance(layer, Raster)):
-        whole = batch.raster(name)
-        keep = whole.row == row
-        yield (
-            name,
-            replace(
-                whole,
-                values=whole.values[keep],
-                valid=whole.valid[keep],
-                time_s=whole.time_s[keep],
-                row=whole.row[keep],
-                var=None,
-            ),
-        )
+def _layers(batch: Batch, wanted: tuple[str, ...]) -> list[tuple[str, Raster]]:
+    """The raster layers of a batch, by name."""
+    names = wanted or sorted(name for name, layer in batch.layers.items() if isinstance(layer, Raster))
+    return [(name, batch.raster(name)) for name in names]
 
 
-def _moments(one: Raster) -> Tensor:
-    """Of each band in turn the numbers of :class:`PlaceStatistics`."""
-    found = torch.full((one.values.shape[1], 2 + len(QUANTILES)), torch.nan)
-    for band in range(len(found)):
-        seen = one.values[:, band][one.valid[:, band]]
-        if len(seen):
-            found[band] = torch.cat(
-                [seen.mean()[None], seen.std(correction=0)[None], seen.quantile(torch.tensor(QUANTILES))]
-            )
-    return found.flatten()
+def _moments(one: Raster, rows: int) -> Tensor:
+    """Of each band in turn the numbers of :class:`PlaceStatistics`, [row, band x number]."""
+    row = one.row[:, None, None].expand_as(one.values[:, 0])
+    bands = []
+    for band in range(one.values.shape[1]):
+        seen = one.valid[:, band]
+        x, of = one.values[:, band][seen].double(), row[seen]
+        x, order = x.sort()
+        of, again = of[order].sort(stable=True)  # by place, and within a place by value
+        x, count = x[again], torch.bincount(of, minlength=rows)
+        mean = x.new_zeros(rows).index_add(0, of, x) / count
+        variance = x.new_zeros(rows).index_add(0, of, (x - mean[of]).square()) / count
+        first = (count.cumsum(0) - count)[:, None]
+        at = torch.tensor(QUANTILES, dtype=torch.float64) * (count - 1).clamp(min=0)[:, None]
+        x = torch.cat([x, x.new_zeros(1)])  # a place that saw nothing, last of all, looks there
+        low, high = (x[(first + end(at).long()).clamp(max=len(x) - 1)] for end in (torch.floor, torch.ceil))
+        quantiles = torch.lerp(low, high, at - at.floor())
+        found = torch.cat([mean[:, None], variance.sqrt()[:, None], quantiles], 1)
+        bands.append(torch.where(count[:, None] > 0, found, torch.nan))
+    return torch.cat(bands, 1).float()
 
 
 def reinitialised(encoder: Encoder, generator: torch.Generator) -> Encoder:

@@ -241,7 +241,7 @@ class Shown:
         return len(self.part)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.part.shown(self.part.dataset[index])
+        return self.part.shown(self.part.place(index))
 
     def fingerprint(self) -> str:
         return f"{self.part.fingerprint()} {','.join(self.part.layers)}"
@@ -360,7 +360,7 @@ class Kept(Shown):
     """The same with their labels."""
 
     def __getitem__(self, index: int) -> Batch:
-        place = self.part.dataset[index]
+        place = self.part.place(index)
         return place.only(*self.part.layers, self.part.target) if self.part.layers else place
 
 

@@ -23,9 +23,12 @@ from everysat.sensors import Sensor
 from everysat.types import Batch, ContractError, Encoder, Features, Raster
 
 LEVELS = ("place", "pixel")
-BATCH = 32
+BATCH, FEW = 32, 2**19
+"""Places of a batch at most, and of small ones as many as have so few values together: series of single pixels go by hundreds."""
 VALUES, PIXELS = 2**26, 2**18
 """What is read of the places of a batch, and pixels whose features are held at once, at most."""
+KEPT = 2**27
+"""Values of places that a part holds in memory, at most: models are compared on the same places."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,22 @@ class Part:
     seed: int = 0
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     _hash: str = field(default="", repr=False)
+    _kept: dict[int, Batch] = field(default_factory=dict, repr=False)
+    _room: int = field(default=KEPT, repr=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def place(self, index: int) -> Batch:
+        """A place with all its layers, read once if there is room for it."""
+        if index in self._kept:
+            return self._kept[index]
+        place = self.dataset[index]
+        size = sum(layer.values.numel() for layer in place.layers.values() if isinstance(layer, Raster))
+        if size <= self._room and all(isinstance(layer, Raster) for layer in place.layers.values()):
+            self._kept[index] = place
+            self._room -= size
+        return place
 
     def shown(self, place: Batch) -> Batch:
         """What a model may see of a place."""
@@ -74,7 +90,7 @@ class Part:
 
     def batches(self, size: int = BATCH) -> Iterable[list[Batch]]:
         work = [range(at, min(at + size, len(self))) for at in range(0, len(self), size)]
-        return prefetch(lambda some: [self.dataset[i] for i in some], work, workers=1)
+        return prefetch(lambda some: [self.place(i) for i in some], work, workers=1)
 
     def labelled(self) -> Labelled:
         """The labels of all places; of labels of pixels at most ``per_place`` random ones a place.
@@ -165,10 +181,11 @@ def extract(
 
 def at_once(part: Part, labelled: Labelled) -> int:
     """How many places are computed together: places of 0.2 m or of many dates are large, and more so their features."""
-    layers = part.shown(part.dataset[0]).layers.values()
+    layers = part.shown(part.place(0)).layers.values()
     values = sum(layer.values.numel() for layer in layers if isinstance(layer, Raster))
     pixels = (int(labelled.at.max()) + 1) ** 2
-    return max(1, min(BATCH, VALUES // max(values, 1), PIXELS // pixels))
+    most = max(BATCH, FEW // max(values, 1))
+    return max(1, min(most, VALUES // max(values, 1), PIXELS // pixels))
 
 
 def at_time(batch: Batch, pairs: Mapping[str, tuple[str, str]], time: int) -> Batch:
@@ -204,7 +221,7 @@ def _covering(part: Part) -> list[Batch]:
     """A few places that have every layer between them: beside them, a batch whose places all lack a layer has it too."""
     found, seen = [], set[str]()
     for index in range(len(part)):
-        place = part.shown(part.dataset[index])
+        place = part.shown(part.place(index))
         if not set(place.layers) <= seen:
             found.append(place)
             seen |= set(place.layers)

@@ -8,10 +8,12 @@ north edge, x from the west edge.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +46,7 @@ class Place:
             raise ValueError(f"height_m={self.height_m} and width_m={self.width_m} must be positive (metres)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Raster:
     """Observations of one sensor on one pixel grid, in physical units.
 
@@ -109,6 +111,20 @@ class Raster:
                 "time_s: an observation ends before it starts; expected [start, end) in seconds since 1970"
             )
         return cls(sensor, values.nan_to_num(0.0), seen, times, torch.zeros(obs, dtype=torch.int64), gsd_m)
+
+    def __repr__(self) -> str:
+        """Sensor, shape, range of the valid values, and dates; not the numbers."""
+        (obs, bands, height, width), seen = self.values.shape, self.valid
+        known = self.values[seen]
+        values = (
+            f"{known.min():.4g} to {known.max():.4g}, {seen.float().mean():.0%} valid"
+            if len(known)
+            else "nothing valid"
+        )
+        start, end = (self.time_s[:, 0].min(), self.time_s[:, 1].max()) if obs else (math.nan, math.nan)
+        dates = f", {_day(start)} to {_day(end)}" if math.isfinite(start) and math.isfinite(end) else ""
+        names = ", ".join(self.sensor.names[:12]) + (", ..." if bands > 12 else "")
+        return f"Raster {self.sensor.name} ({names}), {obs} obs of {bands} bands, {height} x {width} px of {self.gsd_m:g} m: {values}{dates}"
 
     def select(self, bands: Iterable[str]) -> Raster:
         """The named bands alone, in this order."""
@@ -177,6 +193,10 @@ class Raster:
         )
 
 
+def _day(time_s: Tensor | float) -> str:
+    return datetime.fromtimestamp(float(time_s), tz=UTC).date().isoformat()
+
+
 @dataclass(frozen=True)
 class Vector:
     """Geometries (shapely, in metres from the place's north-west corner: x east, y south) with attributes and dates."""
@@ -231,7 +251,7 @@ class Text:
 Layer = Raster | Vector | Text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Batch:
     """Places and what is known of them, by layer name. A place without observations in a layer just has no row there.
 
@@ -254,11 +274,22 @@ class Batch:
     def __len__(self) -> int:
         return len(self.places)
 
+    def __repr__(self) -> str:
+        """What is in it, not its numbers: a line per layer."""
+        first = self.places[0] if self.places else None
+        size = (
+            f" of {first.height_m:g} x {first.width_m:g} m"
+            if first and len({(p.height_m, p.width_m) for p in self.places}) == 1
+            else ""
+        )
+        lines = [f"  {name}: {layer!r}" for name, layer in self.layers.items()]
+        return "\n".join([f"Batch: {len(self)} place{'s' * (len(self) != 1)}{size}", *lines])
+
     @staticmethod
     def cat(batches: Iterable[Batch]) -> Batch:
         """Batches one after another: the collate function. Nothing is padded on the obs axis."""
         batches = list(batches)
-        starts = [sum(len(b) for b in batches[:i]) for i in range(len(batches))]
+        starts = [0, *itertools.accumulate(map(len, batches))][: len(batches)]
         layers: dict[str, Layer] = {}
         for name in dict.fromkeys(name for b in batches for name in b.layers):
             pairs = [(b.layers[name], start) for b, start in zip(batches, starts, strict=True) if name in b.layers]

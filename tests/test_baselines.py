@@ -7,8 +7,8 @@ import torch
 from scipy.ndimage import uniform_filter
 from simple_encoder import SENSOR, SquareEncoder, image_batch
 
-from everysat.baselines import Bands, RandomConvolutions, Statistics, reinitialised
-from everysat.types import Raster
+from everysat.baselines import Bands, PlaceStatistics, RandomConvolutions, Series, Statistics, reinitialised
+from everysat.types import Batch, Place, Raster
 
 MAKERS = {
     "bands": lambda batch: Bands(10.0),
@@ -115,3 +115,42 @@ def test_a_reinitialised_twin_shares_nothing_but_the_architecture(generator):
     assert not torch.equal(one.proj.weight, encoder.proj.weight)
     assert not torch.equal(one.proj.weight, other.proj.weight)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+DAY_S = 86400.0
+
+
+def _series(days: list[int], values: torch.Tensor, valid: torch.Tensor | None = None) -> Batch:
+    time_s = torch.tensor([[day * DAY_S, (day + 1) * DAY_S] for day in days], dtype=torch.float64)
+    valid = torch.ones(values.shape, dtype=torch.bool) if valid is None else valid
+    layer = Raster(SENSOR, values, valid, time_s, torch.zeros(len(days), dtype=torch.int64), 10.0)
+    return Batch((Place(10.0 * values.shape[2], 10.0 * values.shape[3]),), {"s2": layer})
+
+
+def test_place_statistics_equal_numpy_on_what_was_seen(generator):
+    values = torch.rand(6, 2, 3, 4, generator=generator)
+    valid = torch.rand(values.shape, generator=generator) > 0.4
+    found = PlaceStatistics()(_series([*range(6)], values, valid)).view(2, 5)
+    for band in range(2):
+        seen = values[:, band][valid[:, band]].double()
+        expected = [seen.mean(), seen.std(correction=0), *(seen.quantile(q) for q in (0.1, 0.5, 0.9))]
+        torch.testing.assert_close(found[band].double(), torch.stack(expected), atol=1e-6, rtol=0)
+
+
+def test_a_table_of_a_series_has_the_mean_of_each_part_of_its_time(generator):
+    values = torch.rand(4, 2, 1, 1, generator=generator)
+    found = Series(steps=2)(_series([0, 10, 60, 99], values))
+    means = torch.cat([values[:2].mean(0).flatten(), values[2:].mean(0).flatten()])
+    torch.testing.assert_close(found[0, :4], means)
+    angle = torch.tensor(50 / 365.25 * 2 * torch.pi)
+    torch.testing.assert_close(found[0, 4:], torch.stack([angle.sin(), angle.cos()]))
+
+
+@pytest.mark.parametrize("make", [PlaceStatistics(), Series(steps=3), Series(steps=3, position=True)])
+def test_vectors_of_places_together_equal_each_alone(make, generator):
+    places = [_series([*range(n)], torch.rand(n, 2, 2, 2, generator=generator)) for n in (5, 1, 3)]
+    unseen = _series([0, 7], torch.zeros(2, 2, 2, 2), torch.zeros(2, 2, 2, 2, dtype=torch.bool))
+    together = make(Batch.cat([*places, unseen]))
+    alone = torch.cat([make(place) for place in [*places, unseen]])
+    torch.testing.assert_close(together, alone, equal_nan=True)
+    assert together[3, :6].isnan().all()

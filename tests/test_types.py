@@ -248,6 +248,24 @@ def test_a_raster_that_does_not_fit_itself(change: dict[str, Any], message: str)
         replace(raster(S2, 1, 2, 2, 0), **change)
 
 
+def test_a_batch_tells_what_is_in_it_and_not_its_numbers() -> None:
+    raster = Raster.of(S2, torch.arange(12.0).view(1, 3, 2, 2), gsd_m=10.0, time_s=[[0.0, 86400.0]])
+    text = repr(Batch((Place(20.0, 20.0),), {"image": raster}))
+    assert text.splitlines()[0] == "Batch: 1 place of 20 x 20 m"
+    for part in (
+        "image",
+        SENSOR.name,
+        "1 obs of 2 bands",
+        "2 x 2 px of 10 m",
+        "0 to 11",
+        "100% valid",
+        "1970-01-01 to 1970-01-02",
+    ):
+        assert part in text
+    assert "nothing valid" in repr(Raster.of(S2, torch.full((1, 3, 2, 2), torch.nan), gsd_m=10.0))
+    assert len(repr(Batch.cat([Batch((Place(20.0, 20.0),), {"image": raster})] * 50))) < 400
+
+
 def test_times_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="ends before it starts"):
         Raster.of(S2, torch.zeros(1, 3, 1, 1), 10, time_s=[(2.0, 1.0)])

@@ -56,7 +56,8 @@ class Config(BaseModel):
     """Sizes and modalities of an :class:`OmniSat`. ``grid`` is the side, in patches, of the learned position tables; other
     tile sizes interpolate them. ``absolute`` and ``relative`` switch the two kinds of positions, ``modality_code`` a learned
     vector per modality (both ablations of the paper); ``locality`` as in :class:`RelativeTable`. With ``skip``, the
-    feature of a patch is its fused token followed by its projected token of each modality (zeros where it has none)."""
+    feature of a patch is its fused token followed by its projected token of each modality (zeros where it has none). With ``windows``, see
+    :class:`Ltae`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     modalities: dict[str, Modality]
@@ -73,6 +74,7 @@ class Config(BaseModel):
     locality: float = 0.0
     modality_code: bool = False
     skip: bool = False
+    windows: bool = False
     quirks: tuple[Quirk, ...] = ()
 
     @model_validator(mode="after")
@@ -166,6 +168,7 @@ class OmniSat(Encoder):
             period=modality.period_days,
             normalise=modality.normalise_series,
             dropout=config.dropout,
+            windows=config.windows,
         )
 
     def grid_of(self, batch: Batch) -> tuple[int, int]:

@@ -28,6 +28,8 @@ class Ltae(nn.Module):
         normalise_out: group-normalise the result (not in RAMEN).
         linear: ``widths`` is one linear map alone, and the series is normalised before it instead of behind (U-TAE, Garnot & Landrieu
             2021).
+        windows: each head begins with a part of the series' span of its own, the first head with its first dates, the last with its last: a learned
+            Gaussian window is added to the logits. Not in the papers; without it, heads of a fresh encoder all see about the mean of the series.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Ltae(nn.Module):
         norm: Literal["batch", "group"] = "batch",
         normalise_out: bool = True,
         linear: bool = False,
+        windows: bool = False,
     ) -> None:
         super().__init__()
         dim = widths[-1]
@@ -58,6 +61,8 @@ class Ltae(nn.Module):
         self.query = nn.Parameter(torch.randn(heads, key_dim) * math.sqrt(2 / key_dim))
         self.key = nn.Linear(dim, heads * key_dim, bias=False)  # a bias would cancel in the softmax over dates
         nn.init.normal_(self.key.weight, std=math.sqrt(2 / key_dim))
+        self.centre = nn.Parameter(torch.linspace(0, 1, heads)) if windows else None
+        self.log_width = nn.Parameter(torch.full((heads,), -math.log(2 * heads))) if windows else None
         self.out = _mlp(dim, out_widths, norm, None)
         self.out_dropout = nn.Dropout(dropout)
         self.out_norm = nn.GroupNorm(heads, out_widths[-1]) if normalise_out else nn.Identity()
@@ -103,7 +108,10 @@ class Ltae(nn.Module):
         if self.in_norm is not None:
             values = self.in_norm(values.transpose(1, 2)).transpose(1, 2)
         values = values + self._date_code(day[order], values.dtype).view_as(values)
-        attention = F.linear(values, self._folded()).transpose(1, 2).softmax(-1)
+        logits = F.linear(values, self._folded())
+        if self.centre is not None:
+            logits = logits + self._window(day, series, count)[order].view_as(logits)
+        attention = logits.transpose(1, 2).softmax(-1)
         mean = attention.mean(1)
         attention = F.dropout(attention, self.attention_dropout, self.training).transpose(1, 2)
         # A product and a sum: many products of one row each are slower, and take more memory in reduced precision.
@@ -118,6 +126,8 @@ class Ltae(nn.Module):
             x = _norm_over_dates(self.in_norm, x, series, count)
         x = x + self._date_code(day, x.dtype)
         logits = F.linear(x, self._folded())
+        if self.centre is not None:
+            logits = logits + self._window(day, series, count)
         at = series[:, None].expand_as(logits)
         lowest = torch.finfo(logits.dtype).min
         peak = logits.new_full((count, self.heads), lowest).scatter_reduce(0, at, logits.detach(), "amax")
@@ -133,6 +143,15 @@ class Ltae(nn.Module):
         distinct, where = torch.unique(day, return_inverse=True)
         code = sinusoid(distinct, self.key.in_features // self.heads, self.period).to(dtype)
         return repeat(code, "u d -> u (h d)", h=self.heads)[where]
+
+    def _window(self, day: Tensor, series: Tensor, count: int) -> Tensor:
+        """What the windows add to the logits of each observation and head, [n, head]."""
+        assert self.centre is not None
+        assert self.log_width is not None
+        first = day.new_zeros(count).scatter_reduce(0, series, day, "amin", include_self=False)
+        span = day.new_zeros(count).scatter_reduce(0, series, day, "amax", include_self=False) - first
+        share = ((day - first[series]) / span.clamp(min=1)[series]).to(self.centre.dtype)
+        return -0.5 * ((share[:, None] - self.centre) / self.log_width.exp()).square()
 
     def _folded(self) -> Tensor:
         """Queries folded into the keys, [head, dim]: one product per head and observation instead of ``key_dim``."""

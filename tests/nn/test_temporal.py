@@ -8,10 +8,10 @@ import torch
 from everysat.nn.temporal import Ltae
 
 
-@pytest.fixture(params=[True, False], ids=["normalised", "plain"])
+@pytest.fixture(params=[{}, {"normalise": False}, {"windows": True}], ids=["normalised", "plain", "windows"])
 def ltae(request) -> Ltae:
     torch.manual_seed(0)
-    model = Ltae(5, (8, 16), (16,), heads=4, key_dim=3, normalise=request.param).eval()
+    model = Ltae(5, (8, 16), (16,), heads=4, key_dim=3, **request.param).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             torch.nn.init.normal_(module.running_mean)
@@ -49,15 +49,25 @@ def test_dates_matter(ltae) -> None:
     assert not torch.allclose(ltae(x, index, day, 2)[0], ltae(x, index, day + 90, 2)[0], atol=1e-3)
 
 
+def test_heads_with_windows_begin_in_their_part_of_the_series() -> None:
+    ltae = Ltae(5, (8, 16), (16,), heads=4, key_dim=3, windows=True).eval()
+    torch.nn.init.zeros_(ltae.query)
+    day = torch.arange(40).double() + 20000
+    _, attention = ltae.by_head(torch.zeros(40, 5), torch.zeros(40, dtype=torch.long), day, 1)
+    assert attention.argmax(0).tolist() == pytest.approx([0, 13, 26, 39], abs=1)
+    assert (attention[:20].sum(0) > 0.5).tolist() == [True, True, False, False]
+
+
 def test_no_observation_at_all(ltae) -> None:
     found, attention = ltae(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long), torch.zeros(0).double(), 0)
     assert found.shape == (0, 16)
     assert attention.shape == (0,)
 
 
-def test_gradients_reach_every_parameter() -> None:
+@pytest.mark.parametrize("windows", [False, True])
+def test_gradients_reach_every_parameter(windows: bool) -> None:
     torch.manual_seed(0)
-    ltae = Ltae(5, (8, 16), (16,), heads=4, key_dim=3, dropout=0.0, attention_dropout=0.0).train()
+    ltae = Ltae(5, (8, 16), (16,), heads=4, key_dim=3, dropout=0.0, attention_dropout=0.0, windows=windows).train()
     x, index, day = series([3, 2])
     out, _ = ltae(x, index, day, 2)
     out.square().sum().backward()
