@@ -332,17 +332,23 @@ def from_dict(told: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None =
 
 
 def fit(name: str, x: np.ndarray, **options: Any) -> Quantiser:
-    """A quantiser fitted to vectors ``x`` float [n, dim] (rows with NaN are left out): ``fit("pca-int8/1", x, k=64)``.
+    """A quantiser fitted to vectors ``x`` float [n, dim] (rows with NaN are left out): ``fit("pca-int8/1", x, k=64)``, or
+    ``fit("pca-int8/1:64", x)``.
 
     Methods that are not fitted are returned as :func:`get` does.
     """
     x = np.asarray(x, np.float32)
-    if name != PcaInt8.name:
+    stem, _, k = name.partition(":")
+    if stem != PcaInt8.name:
         return get(name, x.shape[1], **options)
+    if k:
+        options["k"] = k
     x = x[np.isfinite(x).all(1)]
-    k = int(options.get("k", 64))
+    k = int(options.get("k", 64)) if str(options.get("k", 64)).isdigit() else 0
     if not 1 <= k <= min(x.shape):
-        raise ValueError(f"k={k} components of {x.shape[0]} vectors of {x.shape[1]} numbers; k is at most the smaller")
+        raise ValueError(
+            f"k={options.get('k', 64)} components of {x.shape[0]} vectors of {x.shape[1]} numbers; k is at most the smaller"
+        )
     mean = x.mean(0, dtype=np.float64)
     spread = x - mean
     components = np.linalg.eigh(spread.T @ spread)[1][:, ::-1][:, :k].T

@@ -151,6 +151,7 @@ def test_pca_of_all_components_is_nearly_exact_and_fewer_are_the_best_plane():
         np.linalg.norm(few.decode(codes, scale)[:50] - few.decode(codes, scale)[50:100], axis=1),
         rtol=1e-4,
     )
+    assert fit("pca-int8/1:8", x).width == 8
     x[3] = np.nan
     assert np.isfinite(fit("pca-int8/1", x, k=8).mean).all()
 
@@ -215,6 +216,8 @@ def test_unknown_names_and_options():
         get("prefix/1", 8, k=9)
     with pytest.raises(ValueError, match="at most the smaller"):
         fit("pca-int8/1", clusters(20), k=21)
+    with pytest.raises(ValueError, match="k=many"):
+        fit("pca-int8/1:many", clusters(20))
     with pytest.raises(ValueError, match="at least one number"):
         get("float32/1", 0)
 
