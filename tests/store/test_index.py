@@ -66,6 +66,21 @@ def test_filters_hold_exactly_in_approximate_indexes(indexed: Any) -> None:
         assert len(set(found.index[:20].tolist()) & set(wanted)) >= 19, "8 bits may swap neighbours"
 
 
+def test_a_filter_is_searched_without_exception(indexed: Any) -> None:
+    store, facts = indexed
+    x, area = read_all(store), box(100, 250, 200, 350)
+    inside = {r * 52 + c for r in range(25, 35) for c in range(10, 20)}
+    shares = []
+    for row in range(0, 2000, 50):
+        if np.isfinite(x[row]).all():
+            wanted = [i for i in nearest(x, x[row], 3000) if i in inside][:10]
+            found = search(store, x[row], top=10, within=area, engine="index").index.tolist()
+            shares.append(len(set(wanted) & set(found)) / 10)
+    assert np.mean(shares) > (0.999 if facts.engine == "lancedb" else 0.96), (
+        "lists that are far from the query count too"
+    )
+
+
 def test_a_triangle_is_no_rectangle(indexed: Any) -> None:
     store, _ = indexed
     corners = shapely.get_coordinates(box(0, 100, 520, 400))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import geopandas
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
+import torch
 from made_store import NORTH, WEST, made_store
 
 from everysat.store import label as labelling
-from everysat.store.active import APART_PX, Pool
+from everysat.store.active import APART_PX, Pool, to_label
 from everysat.store.label import clusters, fit, label, read_labels
 
 NAMES = np.array(["forest", "maize", "water"])
@@ -108,7 +110,8 @@ def test_left_out_scores_are_not_fooled_by_near_copies(tmp_path: Path) -> None:
     assert len(np.unique(cluster)) == 36
     assert gap_m < 130
     assert (np.bincount(cluster) == 4).all()
-    assert fit(store, labelled).scores["accuracy"] < 0.75
+    for how in ("linear", "knn"):
+        assert fit(store, labelled, how=how).scores["accuracy"] < 0.75
 
 
 def test_polygons_label_the_pixels_inside_them(clear: Any) -> None:
@@ -157,6 +160,22 @@ def test_where_to_label_next_is_uncertain_and_diverse(tmp_path: Path) -> None:
         here = store.at(tuple(feature["geometry"]["coordinates"]))
         row, col = divmod(feature["properties"]["index"], 90)
         np.testing.assert_array_equal(here, store.read(slice(row, row + 1), slice(col, col + 1))[0, 0])
+
+
+def test_of_equally_uncertain_places_those_unlike_all_others_come_first(clear: Any) -> None:
+    rng, kind = np.random.default_rng(0), np.arange(300) % 3
+    vectors = (np.eye(12)[kind] + 0.02 * rng.normal(size=(300, 12))).astype(np.float32)
+    xy = np.column_stack([WEST + 500 * np.arange(300), np.full(300, NORTH)])
+    pool = Pool(300, 0)
+    pool.offer(np.arange(300), np.full(300, 0.5), np.zeros((300, 2), int), vectors, xy)
+    labelled = SimpleNamespace(
+        x=torch.from_numpy(vectors[kind == 0][:5]),
+        index=np.array([0]),
+        shapes=(shapely.Point(xy[0]),),
+        classes=("a", "b"),
+    )
+    chosen = to_label(clear[1], labelled, pool, 2)["index"].to_numpy()
+    assert sorted(kind[chosen]) == [1, 2], "kind 0 is labelled, and one of kind 1 is enough"
 
 
 def test_the_map_does_not_depend_on_windows(tmp_path: Path) -> None:

@@ -162,6 +162,31 @@ def test_several_stores_are_ranked_together_across_zones_and_years(tmp_path: Pat
         search([first, other], wanted)
 
 
+def test_hits_apart_in_two_stores_are_those_of_brute_force(tmp_path: Path, monkeypatch: Any) -> None:
+    """One store has many more near places than are ranked at once, the other few: none may be passed over."""
+    monkeypatch.setattr("everysat.store.search.POOL", 16)
+    rng, middle = np.random.default_rng(0), np.eye(8)[0]
+    near, far = (middle + spread * rng.normal(size=(24, 24, 8)) for spread in (0.1, 0.6))
+    stores = [
+        made_store(
+            tmp_path / name,
+            (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32),
+            corner=(WEST + east, NORTH),
+        )
+        for name, x, east in (("near.zarr", near, 0), ("far.zarr", far, 120))
+    ]
+    every = np.concatenate([read_all(store) @ middle for store in stores])
+    at = np.concatenate([np.column_stack([np.arange(576) % 24 + east, np.arange(576) // 24]) * 10 for east in (0, 12)])
+    wanted: list[int] = []
+    for index in np.argsort(-every, kind="stable"):
+        if all(np.hypot(*(at[index] - at[other])) >= 35 for other in wanted):
+            wanted.append(int(index))
+    found = search(stores, middle, top=4, not_near_m=35)
+    more = search(stores, middle, top=len(wanted) + 5, not_near_m=35)
+    assert (576 * found.store + found.index).tolist() == wanted[:4]
+    assert (576 * more.store + more.index).tolist() == wanted
+
+
 @pytest.mark.parametrize("quantiser", ["float32/1", "int8-linear/1", "int8-square/1"])
 def test_every_quantiser_is_searched_exactly(quantiser: str, tmp_path: Path) -> None:
     store = made_store(tmp_path / "a.zarr", random_vectors(20, 20), quantiser=quantiser)
