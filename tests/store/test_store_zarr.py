@@ -258,6 +258,29 @@ def test_finishing_may_be_interrupted(tmp_path, monkeypatch, at):
     assert files(tmp_path / "a.zarr") == files(tmp_path / "whole.zarr")
 
 
+def test_a_shard_that_is_there_is_not_joined_again_from_what_is_left_of_its_chunks(tmp_path, monkeypatch):
+    filled(tmp_path / "whole.zarr")
+    writer = create(tmp_path / "a.zarr", spot(), DIM, chunk=32, shard=64)
+    for rows, cols in writer.windows():
+        writer.write(rows, cols, image(spot())[:, rows, cols])
+    removed = []
+    real = Path.unlink
+
+    def killed(self, *args, **options):
+        if "staged" in self.parts:
+            removed.append(self)
+            if len(removed) == 3:
+                raise KeyboardInterrupt
+        real(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish()
+    writer.finish()
+    assert files(tmp_path / "a.zarr") == files(tmp_path / "whole.zarr")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
