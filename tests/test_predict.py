@@ -73,6 +73,23 @@ def test_classes_and_confidence_by_windows_equal_one_piece(tmp_path, blend):
         assert file.nodata == NO_CLASS
 
 
+@pytest.mark.parametrize("gsd_m", [30.0, 10.0])
+@pytest.mark.parametrize("stride_m", [90.0, 30.0])
+@pytest.mark.parametrize("window_m", [90.0, 180.0, 450.0])
+def test_chips_whose_tokens_see_all_of_them_are_the_same_by_windows(tmp_path, gsd_m, stride_m, window_m):
+    """Also at the end of the place, which is no multiple of the chips: 660 m are 7 chips and a third."""
+    mapper = dense(chip_m=90.0, stride_m=stride_m, shifts=1)
+
+    def with_context(batch):
+        features = mapper.encoder.embed(batch)
+        return replace(features, mean=features.mean + features.summary[features.coords.row])
+
+    mapper = replace(mapper, gsd_m=gsd_m, embed=with_context)
+    assert (mapper.halo_m == 0) == (gsd_m == 30 and stride_m == 90)
+    made = predict(mapper, scene(), tmp_path / "features.tif", window_m=window_m, quiet=True)
+    np.testing.assert_allclose(read(made["features"]), mapper(scene())[0].numpy(), atol=1e-5)
+
+
 def test_too_small_a_halo_would_be_seen(tmp_path):
     """The law above is not empty: without a halo the seams differ."""
     made = predict(dense(), scene(), tmp_path / "features.tif", window_m=180.0, halo_m=0.0, quiet=True)

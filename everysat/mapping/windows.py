@@ -51,7 +51,9 @@ class Window:
 @dataclass(frozen=True)
 class Plan:
     """How a map of ``shape`` pixels is cut; sizes in pixels. Windows fade into each other over ``fade`` pixels on both sides of
-    their common edge, which must leave enough of the halo as sight; 0 for a clean cut. Windows begin on multiples of ``step``."""
+    their common edge, which must leave enough of the halo as sight; 0 for a clean cut. Windows begin on multiples of ``step``.
+    Where the last step of the map is not a whole one, mappers cut chips otherwise: whoever touches it reads from a step before the
+    end to the end."""
 
     shape: tuple[int, int]
     gsd_m: float
@@ -78,7 +80,17 @@ class Plan:
         (height, width), size = self.shape, self.window
         y, x = (n * size for n in divmod(index, self.grid[1]))
         core = y, min(height, y + size), x, min(width, x + size)
-        return Window(index, core, self._grown(core, self.halo), self._grown(core, self.fade))
+        return Window(index, core, self._to_the_end(self._grown(core, self.halo)), self._grown(core, self.fade))
+
+    def _to_the_end(self, box: Box) -> Box:
+        edges: list[int] = []
+        for axis, size in enumerate(self.shape):
+            low, high = box[2 * axis : 2 * axis + 2]
+            if size % self.step and size - high < self.step:
+                high = size
+                low = max(0, min(low, (size // self.step - 1) * self.step))
+            edges += [low, high]
+        return edges[0], edges[1], edges[2], edges[3]
 
     def _grown(self, box: Box, by: int) -> Box:
         height, width = self.shape

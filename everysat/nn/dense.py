@@ -255,6 +255,8 @@ def _encode(embed: Embed, chips: Batch, height: int, width: int) -> Tensor:
 
 
 def _sample(lattice: Tensor, plan: _Plan, gsd_m: float, height: int, width: int, how: str) -> Tensor:
+    if plan.shifts == 1 and math.isclose(gsd_m, plan.token_m):
+        return lattice[:, :height, :width]  # a pixel is a token
     if how == "mean":
         return _mean_of_covering(lattice, plan, gsd_m, height, width)
     seen = torch.isfinite(lattice[0]).float()

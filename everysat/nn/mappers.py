@@ -69,6 +69,12 @@ class Dense:
 
     @property
     def halo_m(self) -> float:
+        """Chips side by side see nothing of each other: the features of tokens need no more ground than their own chip, and those
+        between the centres of two tokens the chip of either."""
+        if self.chip_m and self.shifts == 1 and self.stride_m == self.chip_m:
+            return (
+                0.0 if math.isclose(self.gsd_m, self.token_m) else math.ceil(self.chip_m / self.align_m) * self.align_m
+            )
         return math.ceil(((self.chip_m or 0) + self.token_m) / self.align_m) * self.align_m
 
     @property
