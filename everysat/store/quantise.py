@@ -341,17 +341,17 @@ def fit(name: str, x: np.ndarray, **options: Any) -> Quantiser:
     stem, _, k = name.partition(":")
     if stem != PcaInt8.name:
         return get(name, x.shape[1], **options)
-    if k:
-        options["k"] = k
+    if k and not k.isdigit():
+        raise ValueError(f"{name!r}: k={k} is no number of components; expected one as in {stem}:64")
     x = x[np.isfinite(x).all(1)]
-    k = int(options.get("k", 64)) if str(options.get("k", 64)).isdigit() else 0
-    if not 1 <= k <= min(x.shape):
+    kept = int(k or options.get("k", 64))
+    if not 1 <= kept <= min(x.shape):
         raise ValueError(
-            f"k={options.get('k', 64)} components of {x.shape[0]} vectors of {x.shape[1]} numbers; k is at most the smaller"
+            f"k={kept} components of {x.shape[0]} vectors of {x.shape[1]} numbers; k is at most the smaller"
         )
     mean = x.mean(0, dtype=np.float64)
     spread = x - mean
-    components = np.linalg.eigh(spread.T @ spread)[1][:, ::-1][:, :k].T
+    components = np.linalg.eigh(spread.T @ spread)[1][:, ::-1][:, :kept].T
     # The sign of a component is free; the largest number being positive makes it the same everywhere.
     signs = np.sign(np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1))
     return PcaInt8(x.shape[1], mean.astype(np.float32), (components * signs).astype(np.float32))
