@@ -3,16 +3,17 @@
     python -m benchmarks.search            # writes benchmarks/results/search.json; six minutes, on a machine at rest
     python -m benchmarks.search small      # 90,000 vectors, prints only
 
-A made store of 1000 x 1000 pixels (2000 directions, variation along 24 others, noise; int8 with a scale of each pixel), in a temporary folder.
-Engines run in turn, each in a process of its own:
+A made store of 1000 x 1000 pixels (2000 directions, variation along 24 others, noise; int8 with a scale of each pixel), in a
+temporary folder. Engines run in turn, each in a process of its own:
 
 - ``plain``: float32 in memory, one product with numpy and ``argpartition``: what the others are compared with.
 - ``scan``: no index, the compressed store is read for each search.
 - ``exact``, ``faiss``, ``lancedb``: indexes of :mod:`everysat.store.index`.
 
-``seconds`` is the median of searches for the nearest 20 with files in the page cache and the index open (``first`` is a process's first, which opens it). ``recall`` is the
-share of the ten nearest other vectors by the float32 numbers before int8 that is found, over 200 random vectors. ``within`` searches in one per cent of the area; ``apart`` asks
-for hits 500 m from each other.
+``seconds`` is the median of searches for the nearest 20 with files in the page cache and the index open (``first_seconds`` is a
+process's first, which opens it). ``recall`` is the share of the ten nearest other vectors by the float32 numbers before int8 that is
+found, over 200 random vectors. ``within_seconds`` searches in one per cent of the area; ``apart_seconds`` asks for hits 500 m from
+each other.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def made(folder: Path, side: int) -> None:
 def one(case: dict[str, Any]) -> dict[str, Any]:
     """One engine, in this process."""
     folder, way, side = Path(case["folder"]), case["way"], case["side"]
-    store, found = open_store(folder / "area.zarr"), {}
+    store = open_store(folder / "area.zarr")
+    found: dict[str, Any] = {}
     every = np.load(folder / "vectors.npy", mmap_mode="r").reshape(-1, DIM)
     rows = np.random.default_rng(1).choice(len(every), QUERIES, replace=False)
     queries = every[rows].copy()

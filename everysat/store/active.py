@@ -22,8 +22,9 @@ KNOWN = 4096
 class Pool:
     """Candidates, drawn without replacement with a chance that grows with uncertainty, in one pass and in any order.
 
-    Of each pixel, ``log(u) / uncertainty`` is a key and the largest ``size`` keys stay (Efraimidis and Spirakis 2006, "Weighted random sampling with a
-    reservoir"). Its u in (0, 1) is a hash of its number (the finaliser of splitmix64), so that windows and their order do not matter.
+    Of each pixel, ``log(u) / uncertainty`` is a key and the largest ``size`` keys stay (Efraimidis and Spirakis 2006, "Weighted
+    random sampling with a reservoir"). Its u in (0, 1) is a hash of its number (the finaliser of splitmix64), so that windows and
+    their order do not matter.
 
     Attributes:
         index: number of the pixel. uncertainty: 1 - (probability of the likeliest class - of the second), 0 to 1.

@@ -180,11 +180,8 @@ class Facts:
     format: int = 1
 
     def __str__(self) -> str:
-        measured = (
-            "exact"
-            if self.engine == "exact"
-            else f"recall@10 {self.recall:.3f} with {self.probes} of {self.lists} lists"
-        )
+        lists = f" with {self.probes} of {self.lists} lists" if self.lists else ""
+        measured = "exact" if self.engine == "exact" else f"recall@10 {self.recall:.3f}{lists}"
         return f"{self.engine}, {self.count} vectors of {self.dim}, {measured} ({self.why})"
 
 

@@ -1,6 +1,7 @@
 """The index of a store: made, chosen by size, measured against the exact answer, and refused when the store has changed since.
 
-It is a folder beside the store: ``area.zarr.index`` beside ``area.zarr``, with the engine's files and ``index.json`` (:class:`everysat.store.engines.Facts`).
+It is a folder beside the store: ``area.zarr.index`` beside ``area.zarr``, with the engine's files and ``index.json``
+(:class:`everysat.store.engines.Facts`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What can be said about the map is measured on places that were left out, a cluster at a time, because neighbouring places are near
 copies of each other. The same left-out answers choose the penalty of the classifier and fit one temperature (Guo et al. 2017), so that
-a confidence of 80 % means right in 80 % of such places. Where no class has two clusters nothing can be left out: the strongest penalty is taken, which
-ranks by distance to the classes' means, and the report says that the confidence is not calibrated.
+a confidence of 80 % means right in 80 % of such places. Where no class has two clusters nothing can be left out: the strongest
+penalty is taken, which ranks by distance to the classes' means, and the report says that the confidence is not calibrated.
 """
 
 from __future__ import annotations
@@ -271,7 +271,8 @@ def fit(store: Any, labelled: Labelled, *, how: str = "linear", seed: int = 0) -
 
 
 def clusters(labelled: Labelled, store: Any) -> tuple[np.ndarray, float]:
-    """The cluster of each place, int [place], and the least distance between clusters in metres: 20 pixels, halved while there are fewer than four clusters."""
+    """The cluster of each place, int [place], and the least distance between clusters in metres: 20 pixels, halved while there are
+    fewer than four clusters."""
     shapes = np.array(labelled.shapes, object)
     middle = shapely.union_all(shapely.centroid(shapes)).centroid
     kx, ky = per_unit(store.crs, middle.x, middle.y)

@@ -1,7 +1,7 @@
 """Search by example: which places of one or several stores look like these?
 
-A query is the mean of the examples' vectors, each of unit length, minus the mean of those that are to be unlike (Rocchio 1971), again of unit length: one linear query,
-which every engine answers. A score is the cosine of a place's vector and the query.
+A query is the mean of the examples' vectors, each of unit length, minus the mean of those that are to be unlike (Rocchio 1971),
+again of unit length: one linear query, which every engine answers. A score is the cosine of a place's vector and the query.
 """
 
 from __future__ import annotations
@@ -168,20 +168,14 @@ def search(
         ValueError: stores of different models, a stale index, or filters that leave no store.
     """
     stores = in_period(several(stores), period)
-    if not isinstance(wanted, Query):
-        wanted = query(stores, vectors=wanted)
-    if wanted.vector.shape != (stores[0].dim,):
-        raise ValueError(
-            f"the query has shape {wanted.vector.shape}, {stores[0].path} holds vectors of {stores[0].dim}"
-        )
+    wanted = _fitting(stores, wanted)
     if top < 1 or not_near_m < 0:
         raise ValueError(f"top={top} must be at least 1 and not_near_m={not_near_m:g} at least 0")
     engines = [_engine(store, engine) for store in stores]
     area = None if within is None else shapely.union_all(_geometries(within))
     keeps = [Keep(None if area is None else moved(area, DEGREES, store.crs)) for store in stores]
     if not_near_m:
-        near = [shapely.Point(*place) if isinstance(place, tuple) else place for place in wanted.places]
-        keeps = [_apart(keep, store, near, not_near_m) for keep, store in zip(keeps, stores, strict=True)]
+        keeps = [_apart(keep, store, wanted.places, not_near_m) for keep, store in zip(keeps, stores, strict=True)]
     picks: list[Pick] = []
     while len(picks) < top:
         count = max(POOL, 4 * top) if not_near_m else top
@@ -203,8 +197,7 @@ def heat_map(
 ) -> Path:
     """The score of every pixel as a Cloud-Optimized GeoTIFF (float32, NaN without data or outside of ``within``), window by window."""
     pixels(store, "a heat map")
-    if not isinstance(wanted, Query):
-        wanted = query(store, vectors=wanted)
+    wanted = _fitting([store], wanted)
     area = None if within is None else moved(shapely.union_all(_geometries(within)), DEGREES, store.crs)
     keep = Keep(area)
 
@@ -277,6 +270,14 @@ def moved(geometry: Any, source: Any, target: Any) -> Any:
     """A shapely geometry from one CRS to another."""
     convert = pyproj.Transformer.from_crs(source, target, always_xy=True)
     return shapely.transform(geometry, lambda xy: np.column_stack(convert.transform(xy[:, 0], xy[:, 1])))
+
+
+def _fitting(stores: list[Any], wanted: Query | np.ndarray) -> Query:
+    """A query of as many numbers as the stores' vectors have."""
+    found = wanted if isinstance(wanted, Query) else query(stores, vectors=wanted)
+    if found.vector.shape != (stores[0].dim,):
+        raise ValueError(f"the query has shape {found.vector.shape}, {stores[0].path} holds vectors of {stores[0].dim}")
+    return found
 
 
 def _examples(stores: list[Any], given: Sequence[Any]) -> tuple[list[np.ndarray], list[Any]]:
