@@ -115,8 +115,9 @@ def predict(
         raise ValueError(f"workers={workers} must be at least 1")
     source = open_source(scene, mapper.gsd_m)
     work = Work(mapper, source, plan_of(mapper, source, window_m, halo_m, align_m, blend), min_valid)
-    with Parts(out.with_name(out.name + ".parts"), work.plan, len(mapper.names), _facts(work), quiet=quiet) as parts:
-        written = output(out, mapper, source.geobox, parts, probabilities, quantiser, facts or {})
+    parts = Parts(out.with_name(out.name + ".parts"), work.plan, len(mapper.names), _facts(work), quiet=quiet)
+    written = output(out, mapper, source.geobox, parts, probabilities, quantiser, facts or {})
+    with parts:
         parts.require_space()
         missing = [window for window in work.plan.windows() if not parts.has(window)]
         if cluster is not None or (workers or 1) > 1:

@@ -102,3 +102,4 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path) -> None:
         predict(dense(), scene(), tmp_path / "map.tif", min_valid=2, **SIZES)
     with pytest.raises(ValueError, match="workers=0 must be at least 1"):
         predict(dense(), scene(), tmp_path / "map.tif", workers=0, **SIZES)
+    assert not list(tmp_path.iterdir())
