@@ -10,8 +10,8 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,25 +24,21 @@ from torch import Tensor
 
 from everysat import baselines
 from everysat.data.batches import Subset, in_order
-from everysat.data.catalogue import dataset
-from everysat.data.split import label_fraction
 from everysat.evaluate import Draw, Evaluation, Samples, evaluate
 from everysat.features import Cache, Labelled, Part, at_once, at_time, extract, state_hash
 from everysat.find import suggest
+from everysat.fold import Fold
 from everysat.manifest import environment
 from everysat.models import weights
-from everysat.nn.draws import key, stream
+from everysat.nn.draws import key
 from everysat.progress import Progress
-from everysat.recipe import Recipe, RecipeError
+from everysat.recipe import Recipe
 from everysat.sensors import to_table
-from everysat.suite import Cell, Contender, Data, Suite, amount
+from everysat.suite import Cell, Contender, Data, Suite
 from everysat.train import train
 from everysat.trainee import build_encoder
 from everysat.types import Batch, Encoder, Raster, Task
 
-PARTS = ("train", "val", "test")
-STRIDE = 10_000_000
-"""Numbers of places begin anew at multiples of it in each part of each fold."""
 PLACE = {"statistics": baselines.PlaceStatistics, "series": baselines.Series}
 PIXEL = {"bands": baselines.Bands, "statistics": baselines.Statistics, "convolutions": baselines.RandomConvolutions}
 PROBE: dict[str, Any] = {"strengths": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
@@ -56,53 +52,6 @@ class Result:
     cell: Cell
     evaluations: Mapping[str, Evaluation]
     facts: Mapping[str, Any]
-
-
-class Fold:
-    """One split of a dataset: its parts, and what is labelled in them."""
-
-    def __init__(self, data: Data, number: int, shown: tuple[str, ...] = ()) -> None:
-        options = dict(data.options)
-        if data.folds[number] is not None:
-            options[data.fold_option] = data.folds[number]
-        self.parts = {
-            part: Part(
-                dataset(data.name, **options, **{data.part_option: name}),
-                data.target,
-                shown,
-                data.per_place,
-                pairs=data.pairs,
-            )
-            for part, name in data.parts.items()
-        }
-        self.offset = number * len(PARTS) * STRIDE
-
-    @cached_property
-    def labelled(self) -> dict[str, Labelled]:
-        return {name: part.labelled() for name, part in self.parts.items()}
-
-    def group(self, part: str) -> Tensor:
-        """Number of the place of each sample, unique over parts and folds."""
-        return self.labelled[part].place + self.offset + PARTS.index(part) * STRIDE
-
-    def draw(self, labels: str, seed: int) -> Draw:
-        """Places that train, test and choose: the same share (or number) of labels of each class for training and choosing."""
-        chosen = {name: self._chosen(name, labels, seed) for name in self.parts if name != "test"}
-        test = self.group("test").unique().tolist()
-        return (chosen["train"], test, chosen["val"]) if "val" in chosen else (chosen["train"], test)
-
-    def _chosen(self, part: str, labels: str, seed: int) -> list[int]:
-        share, shots = amount(labels)
-        places, first = np.unique(self.group(part).numpy(), return_index=True)
-        label, rng = self.labelled[part].label, stream(seed, self.offset, part, "labels")
-        one_a_place = len(places) == len(label) and label.ndim == 1 and not label.is_floating_point()
-        strata = label.numpy()[first] if one_a_place else np.zeros(len(places), dtype=int)
-        if not shots:
-            return places[label_fraction(strata, share, rng)].tolist()
-        if not one_a_place:
-            raise RecipeError(f"labels={labels!r} needs one class a place; say a share such as 10%")
-        taken = [rng.permutation(np.flatnonzero(strata == c))[:shots] for c in np.unique(strata)]
-        return places[np.sort(np.concatenate(taken))].tolist()
 
 
 def run(suite: Suite, *, only: str = "", jobs: int = 1, restart: bool = False, quiet: bool = False) -> list[Result]:
@@ -141,12 +90,14 @@ def run(suite: Suite, *, only: str = "", jobs: int = 1, restart: bool = False, q
 def _one(suite: Suite, cell: Cell, folds: dict[tuple[str, str], list[Fold]] | None = None) -> Result:
     data = suite.datasets[cell.dataset]
     folds = {} if folds is None else folds
-    where = cell.dataset, cell.modalities
     start = time.perf_counter()
     try:
-        if where not in folds:
-            folds[where] = [Fold(data, i, tuple(data.modalities[cell.modalities])) for i in range(len(data.folds))]
-        result = _computed(suite, cell, folds[where])
+        shown = [cell.modalities, suite.models[cell.model].trained_on or cell.modalities]
+        for title in shown:
+            if (cell.dataset, title) not in folds:
+                layers = tuple(data.modalities[title])
+                folds[cell.dataset, title] = [Fold(data, i, layers) for i in range(len(data.folds))]
+        result = _computed(suite, cell, *(folds[cell.dataset, title] for title in shown))
     except Exception as error:  # a cell that cannot be is a result, and the message says why
         facts = {"error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - start}
         result = Result(cell, {}, facts)
@@ -154,10 +105,11 @@ def _one(suite: Suite, cell: Cell, folds: dict[tuple[str, str], list[Fold]] | No
     return result
 
 
-def _computed(suite: Suite, cell: Cell, folds: list[Fold]) -> Result:
+def _computed(suite: Suite, cell: Cell, folds: list[Fold], taught: list[Fold]) -> Result:
+    """``folds`` show what the cell says, ``taught`` what the encoder is trained on."""
     data, row = suite.datasets[cell.dataset], suite.models[cell.model]
     trained, fitted = [0.0], [0.0]
-    models = [_model(suite, cell, fold, number, trained) for number, fold in enumerate(folds)]
+    models = [_model(suite, cell, fold, number, trained) for number, fold in enumerate(taught)]
     if cell.how == "finetune":
         samples = _samples(folds, None)
     else:
@@ -170,7 +122,7 @@ def _computed(suite: Suite, cell: Cell, folds: list[Fold]) -> Result:
         draws = [fold.draw(labels, seed) for fold in folds for seed in range(suite.seeds)]
         start = time.perf_counter()
         if cell.how == "finetune":
-            how = _finetuning(suite, cell, folds, samples, draws)
+            how = _finetuning(suite, cell, folds, taught, samples, draws)
             evaluations[labels] = evaluate(samples, [draw[:2] for draw in draws], how)
         else:
             options = PROBE if cell.how == "probe" else {}
@@ -184,6 +136,7 @@ def _computed(suite: Suite, cell: Cell, folds: list[Fold]) -> Result:
         "seconds_fitting": fitted[0],
         "samples": {name: sum(len(fold.labelled[name]) for fold in folds) for name in data.parts},
         "places": {name: sum(len(fold.parts[name]) for fold in folds) for name in data.parts},
+        "ground": folds[0].ground(),
     }
     return Result(cell, evaluations, facts)
 
@@ -219,7 +172,7 @@ def _pretrained(suite: Suite, cell: Cell, fold: int) -> Path:
     asked = (
         key(repr((data.options, data.folds[fold], row.model, row.pretrain))) % 16**8
     )  # another recipe, another folder
-    name = f"{cell.dataset}-{cell.model}-{cell.modalities}-{fold}-{asked:08x}"
+    name = f"{cell.dataset}-{cell.model}-{row.trained_on or cell.modalities}-{fold}-{asked:08x}"
     return suite.folder / "pretrained" / name.replace(" ", "_").replace("/", "_")
 
 
@@ -301,12 +254,13 @@ def _samples(folds: list[Fold], xs: list[Tensor] | None) -> Samples:
 
 
 def _finetuning(
-    suite: Suite, cell: Cell, folds: list[Fold], samples: Samples, draws: list[Draw]
+    suite: Suite, cell: Cell, folds: list[Fold], taught: list[Fold], samples: Samples, draws: list[Draw]
 ) -> Callable[[Draw], Tensor]:
     """Trains encoder and head on the places of a draw, and predicts its test samples. The last step counts: nothing is chosen on a test."""
     data, row = suite.datasets[cell.dataset], suite.models[cell.model]
     assert row.model is not None
     numbers = iter(range(len(draws)))
+    called = replace(cell, modalities=row.trained_on or cell.modalities).file
 
     def how(draw: Draw) -> Tensor:
         number = next(numbers)
@@ -332,11 +286,11 @@ def _finetuning(
             "seed": number % suite.seeds,
             "checkpoint_every": 0,
         }
-        name = f"{cell.file}-{len(indices)}-{number}-{key(repr(tree)) % 16**8:08x}"
+        name = f"{called}-{len(indices)}-{number}-{key(repr(tree)) % 16**8:08x}"
         tree["out"] = str(suite.folder / "runs" / name)
         run = train(
             Recipe.parse(tree, where=f"models.{cell.model}.finetune"),
-            data=[Subset(Kept(fold.parts["train"]), indices)],
+            data=[Subset(Kept(taught[number // suite.seeds].parts["train"]), indices)],
             quiet=True,
         )
         return _predicted(run.encoder, run.objective, fold.parts["test"], fold.labelled["test"], samples.kind)  # type: ignore[arg-type]
@@ -421,8 +375,8 @@ def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kin
 def _asked(suite: Suite, cell: Cell) -> dict[str, Any]:
     """All that the result of a cell depends on."""
     row, data = suite.models[cell.model], suite.datasets[cell.dataset]
-    unused = {"pairs"} if not data.pairs else set()  # which results of before did not know
-    plain = {"pool"} if row.pool == "summary" else set()
+    unused = {"leaks"} | (set() if data.pairs else {"pairs"})  # what changes nothing does not part results
+    plain = {name for name, usual in (("pool", "summary"), ("trained_on", "")) if getattr(row, name) == usual}
     asked: dict[str, Any] = {
         "cell": [cell.dataset, cell.model, cell.modalities, cell.how],
         "data": data.model_dump(mode="json", exclude={"published", "about", "score", "modalities"} | unused),

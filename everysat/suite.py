@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from everysat.find import suggest
 from everysat.recipe import Model, Named, RecipeError, Strict, explain, page, with_override
 
 SHIPPED = Path(__file__).parent / "suites"
@@ -32,7 +33,7 @@ class Data(Named):
         modalities: layers that are shown, by title; empty for all.
         labels: which labels train: ``10%`` of each class, ``5/class``. score: the first is what models are compared by.
         gsd_m: of a dense output. published: figures from papers, ``{model, score, value, source}``, printed beside ours.
-        about: what it is, and how it is split, in a sentence or two.
+        leaks: whether parts may share ground or pixels; by default such a dataset is refused. about: what it is, and how it is split, in a sentence or two.
     """
 
     level: Literal["place", "pixel"] = "place"
@@ -47,6 +48,7 @@ class Data(Named):
     labels: list[str] = [ALL]
     score: list[str] = ["macro_f1", "accuracy", "micro_f1", "r2", "rmse"]
     published: list[dict[str, Any]] = []
+    leaks: bool = False
     about: str = ""
 
     @field_validator("labels")
@@ -70,6 +72,7 @@ class Contender(Strict):
         pretrain: a recipe's fields (objective, steps, ...) by which the model first learns from the training places, without their labels.
         at: settings of the model chosen at the call, such as ``patch_m``. pool: what is taken of a place, the encoder's ``summary``, or ``moments``: mean and
             standard deviation of its tokens over the place. finetune: a recipe's fields for ``how: finetune``. how: in place of the suite's.
+        trained_on: title of the modality subset that the encoder is trained on; one model is then tested with every subset. By default each subset has a model of its own.
         only: titles of modality subsets, and ``datasets`` on which the row stands, all by default. note: what a reader should know, such as that the weights may have seen related data.
     """
 
@@ -82,6 +85,7 @@ class Contender(Strict):
     finetune: dict[str, Any] = {}
     how: list[Literal["probe", "knn", "forest", "finetune"]] = []
     only: list[str] = []
+    trained_on: str = ""
     datasets: list[str] = []
     note: str = ""
 
@@ -112,6 +116,20 @@ class Suite(Strict):
     seeds: int = Field(default=5, ge=1)
     finetune: dict[str, Any] = {"steps": 200, "batch_size": 16, "lr": 1e-3}
     out: str = ""
+
+    @model_validator(mode="after")
+    def _titles_are_known(self) -> Suite:
+        for name, row in self.models.items():
+            shown = {title: data for title, data in self.datasets.items() if not row.datasets or title in row.datasets}
+            for title in row.datasets:
+                if title not in self.datasets:
+                    raise ValueError(f"models.{name}.datasets: {suggest(title, self.datasets)}")
+            for title, data in shown.items():
+                if row.trained_on and row.trained_on not in data.modalities:
+                    raise ValueError(
+                        f"models.{name}.trained_on={row.trained_on!r} is no modality subset of {title}. {suggest(row.trained_on, data.modalities)}"
+                    )
+        return self
 
     @property
     def folder(self) -> Path:

@@ -93,6 +93,11 @@ def _notes(suite: Suite, data: Data, results: Sequence[Result]) -> list[str]:
             f"places. Bold: best of its layers; =: the interval of the paired difference to it holds 0. Places (all folds together): {facts['places']}; "
             f"labelled samples: {facts['samples']}.",
         ]
+        if facts.get("ground"):
+            reach, apart = (f"{facts['ground'][name] / 1000:.3g} km" for name in ("correlated_m", "apart_m"))
+            notes.append(
+                f"Training labels are alike up to about {reach}; half of the test places lie farther than {apart} from all training places (first fold)."
+            )
     shown = {result.cell.model for result in results}
     return notes + [f"{name}: {row.note}" for name, row in suite.models.items() if row.note and name in shown]
 

@@ -101,7 +101,7 @@ def test_cells_resume_and_a_failure_stops_nothing(tmp_path, crops, monkeypatch):
 
     computed = []
 
-    def compute(suite, cell, folds):
+    def compute(suite, cell, folds, taught):
         computed.append(cell)
         raise RuntimeError("computed again")
 
@@ -321,3 +321,44 @@ def test_large_places_are_computed_few_at_a_time(tmp_path, monkeypatch):
     alone = extract(bands, part, labelled, "pixel")
     assert max(seen) < max(first)
     assert torch.equal(together.x, alone.x)
+
+
+def test_one_trained_model_is_tested_with_every_subset(tmp_path, crops):
+    model = {"name": "omnisat/", "statistics": "data", "options": SMALL}
+    row = {"model": model, "how": ["finetune"], "finetune": {"steps": 2, "batch_size": 4}, "trained_on": "all"}
+    modalities = {"all": [], "s2": ["s2"], "rain": ["rain"]}
+    results = bench.run(suite(crops, tmp_path, {"one": row}, modalities=modalities, labels=["100%"]), quiet=True)
+    assert not [r.facts["error"] for r in results if "error" in r.facts]
+    assert len(list((tmp_path / "runs").iterdir())) == 2, "a run for each seed, whatever is shown"
+    said = [r.evaluations["100%"].confidence[0] for r in results]
+    assert not torch.equal(said[0], said[1])
+    assert not torch.equal(said[1], said[2])
+    (frozen,) = bench.run(
+        suite(crops, tmp_path, {"one": {**row, "how": ["probe"]}}, modalities=modalities), only="/ rain /", quiet=True
+    )
+    assert frozen.facts["parameters"] == results[0].facts["parameters"], "the encoder of all layers"
+    with pytest.raises(RecipeError, match="trained_on='s1' is no modality subset of set"):
+        suite(crops, tmp_path, {"one": {**row, "trained_on": "s1"}}, modalities=modalities)
+
+
+def test_a_split_that_leaks_is_refused(tmp_path):
+    bigearthnet.fake(tmp_path / "ben")
+    options = {"name": "bigearthnet", "score": ["micro_f1"], "parts": {"train": "train", "test": "train"}}
+    asked = suite(tmp_path / "ben", tmp_path / "out", {"bands": {"baseline": "bands"}}, **options)
+    (result,) = bench.run(asked, quiet=True)
+    assert "of train and place 0 of test" in result.facts["error"]
+    assert "a score would be too good" in result.facts["error"]
+    allowed = suite(tmp_path / "ben", tmp_path / "out", {"bands": {"baseline": "bands"}}, leaks=True, **options)
+    (result,) = bench.run(allowed, quiet=True)
+    assert "error" not in result.facts
+    assert bench.Fold(allowed.datasets["set"], 0).ground() == {}, "too few places for a range"
+
+
+def test_a_table_says_how_far_apart_the_parts_lie(tmp_path):
+    fuel_moisture.fake(tmp_path / "fuel", places=60)
+    asked = suite(
+        tmp_path / "fuel", tmp_path / "out", {"mean": {"baseline": "statistics"}}, name="fuel_moisture", score=["r2"]
+    )
+    (result,) = bench.run(asked, quiet=True)
+    assert result.facts["ground"]["apart_m"] > 1000
+    assert "Training labels are alike up to about" in tables(asked, [result])[0].markdown()

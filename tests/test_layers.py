@@ -23,6 +23,7 @@ LAYERS = (
     ("mapping",),
     ("polygons", "predict"),
     ("features",),
+    ("fold",),
     ("bench",),
     ("tables", "demo"),
     ("cli", "serve"),

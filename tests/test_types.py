@@ -254,8 +254,8 @@ def test_a_batch_tells_what_is_in_it_and_not_its_numbers() -> None:
     assert text.splitlines()[0] == "Batch: 1 place of 20 x 20 m"
     for part in (
         "image",
-        SENSOR.name,
-        "1 obs of 2 bands",
+        S2.name,
+        "1 obs of 3 bands",
         "2 x 2 px of 10 m",
         "0 to 11",
         "100% valid",

@@ -120,6 +120,42 @@ def refuse_leaks(footprints: Sequence[Any], split: Split) -> None:
         )
 
 
+def unit_sphere_m(lonlat: np.ndarray) -> np.ndarray:
+    """Points [n, 3] in metres whose distances are about those on the ground up to some 1000 km: the Earth as a ball of 6371 km."""
+    lon, lat = np.radians(np.asarray(lonlat, dtype=float)).T
+    return 6.371e6 * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+
+
+def autocorrelation_range_m(
+    x_m: np.ndarray, values: np.ndarray, rng: np.random.Generator, *, most: int = 2000
+) -> float:
+    """The distance from which on two places are as different as any two: where the empirical variogram (half the mean squared
+    difference, Matheron 1963) first reaches 95 % of that of all pairs. Blocks of a split should be no smaller (Roberts et al., Ecography 2017).
+
+    Args:
+        x_m: positions [place, 2 or 3], metres. values: [place] or [place, value]; classes as one-hot vectors. most: places that are drawn for it.
+
+    Returns:
+        Upper end of the first bin that reaches it; 0 if all do, the largest distance if none does.
+    """
+    x_m, values = np.asarray(x_m, dtype=float), np.asarray(values, dtype=float).reshape(len(x_m), -1)
+    if len(x_m) < 3:
+        raise ValueError(f"x_m has {len(x_m)} places; a range needs three or more")
+    some = np.sort(rng.permutation(len(x_m))[:most])
+    a, b = np.triu_indices(len(some), 1)
+    distance = np.linalg.norm(x_m[some][a] - x_m[some][b], axis=1)
+    difference = 0.5 * ((values[some][a] - values[some][b]) ** 2).sum(1)
+    order = np.argsort(distance, kind="stable")
+    # Bins grow by half, so that short distances are told apart; the first has enough pairs for a mean.
+    ends = [len(order)]
+    while ends[-1] > 300:
+        ends.append(int(ends[-1] / 1.5))
+    parts = np.split(order, sorted(ends)[:-1])
+    reached = [difference[part].mean() >= 0.95 * difference.mean() for part in parts]
+    first = int(np.argmax(reached)) if any(reached) else len(parts) - 1
+    return 0.0 if first == 0 else float(distance[parts[first - 1]].max())
+
+
 def _counts(shares: np.ndarray, total: int) -> np.ndarray:
     """``total`` shared out by largest remainder, at least one to each."""
     if min(shares, default=0) <= 0:

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely import box
 
-from everysat.data.split import folds, label_fraction, leaks, refuse_leaks, spatial_blocks
+from everysat.data.split import (
+    autocorrelation_range_m,
+    folds,
+    label_fraction,
+    leaks,
+    refuse_leaks,
+    spatial_blocks,
+    unit_sphere_m,
+)
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
@@ -93,3 +101,27 @@ def test_overlap_across_parts_is_a_leak_touching_is_not():
     assert leaks(shapes, {"train": [0], "val": [0]}) == [("train", 0, "val", 0)]
     with pytest.raises(ValueError, match="train 0 and test 2"):
         refuse_leaks(shapes, {"train": [0], "test": [2]})
+
+
+@pytest.mark.parametrize("block_m", [500.0, 2000.0])
+def test_the_range_is_that_of_the_field(block_m):
+    """Classes of a checkerboard with random cells are alike within a cell alone."""
+    at = places(3000)
+    cell = np.floor(at / block_m).astype(int)
+    value = np.random.default_rng(3).normal(size=(100, 100))[cell[:, 0] % 100, cell[:, 1] % 100]
+    found = autocorrelation_range_m(at, value, rng())
+    assert 0.3 * block_m < found < 3 * block_m
+
+
+def test_noise_has_no_range_and_a_trend_has_all():
+    at = places(1000)
+    assert autocorrelation_range_m(at, np.random.default_rng(5).normal(size=1000), rng()) == 0
+    assert autocorrelation_range_m(at, at[:, 0], rng()) > 5000
+    with pytest.raises(ValueError, match="x_m has 2 places"):
+        autocorrelation_range_m(at[:2], at[:2, 0], rng())
+
+
+def test_distances_on_the_ball():
+    a, b, c = unit_sphere_m(np.array([[0.0, 0.0], [0.0, 1.0], [180.0, 0.0]]))
+    assert np.linalg.norm(a - b) == pytest.approx(111_194, rel=1e-3)
+    assert np.linalg.norm(a - c) == pytest.approx(2 * 6.371e6)
