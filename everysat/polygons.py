@@ -6,9 +6,10 @@ polygons. Pixels of one polygon are nearly copies of each other and must not lie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from everysat.baselines import Bands, RandomConvolutions, Statistics
 from everysat.data.split import label_fraction, spatial_blocks
 from everysat.evaluate import Draw, Evaluation, Samples, Score, evaluate
 from everysat.io import vector
+from everysat.mapping.source import Source, open_source
+from everysat.mapping.windows import inside
 from everysat.nn.draws import stream
 from everysat.nn.mappers import Classified, Dense, Tasked
 from everysat.nn.probe import Scale, fit_linear
+from everysat.predict import plan_of
 from everysat.progress import Progress
 from everysat.table import Table
 from everysat.types import Batch, Encoder, Place, Task
@@ -29,6 +33,8 @@ Extractor = Callable[[Batch], Tensor]
 """From a batch to features of every pixel, [row, dim, y, x]."""
 
 
+WHOLE_BYTES = 1e9
+"""Scenes up to this size are read at once to learn from polygons."""
 SCALING = 50_000
 """Pixels on which features are standardised."""
 PROBE: dict[str, Any] = {"strengths": (1e-3, 1e-2, 1e-1), "weighting": "class", "per_group": 20, "folds": 2}
@@ -222,24 +228,58 @@ def table(
 
 def probe_mapper(
     encoder: Encoder,
-    batch: Batch,
+    scene: Batch | Any,
     source: Any,
     column: str,
     *,
     gsd_m: float | None = None,
     shifts: int = 1,
     seed: int = 0,
+    whole_bytes: float = WHOLE_BYTES,
 ) -> Classified:
-    """What maps classes with a probe fitted on all labelled polygons in ``batch``; its probabilities are calibrated on
-    polygons that were left out in turn."""
-    gsd_m = gsd_m or min(layer.gsd_m for layer in batch.layers.values())  # type: ignore[union-attr]
-    labels = burn(source, batch.places[0], column, gsd_m=gsd_m)
-    features = dense(encoder, gsd_m, shifts=shifts)
-    samples, scale = sampled(features, batch, labels)
+    """What maps classes with a probe fitted on all labelled polygons in ``scene``, a batch of one place or an opened scene; its
+    probabilities are calibrated on polygons that were left out in turn. Of a scene of more than ``whole_bytes``, only windows
+    with polygons are read, one at a time.
+
+    Raises:
+        ValueError: no polygon lies on a pixel of the scene.
+    """
+    gsd_m = gsd_m or min(layer.gsd_m for layer in scene.layers.values())  # type: ignore[union-attr]
+    features, ground = dense(encoder, gsd_m, shifts=shifts), open_source(scene, gsd_m)
+    if ground.bytes_per_m2 * math.prod(ground.shape) * gsd_m**2 <= whole_bytes or isinstance(scene, Batch):
+        batch = scene if isinstance(scene, Batch) else scene.read()
+        samples, scale = sampled(features, batch, burn(source, batch.places[0], column, gsd_m=gsd_m))
+    else:
+        samples = _sampled_by_windows(features, ground, source, column)
+        scale = Scale.of(samples.x)
     if len(samples) == 0:
         raise ValueError(f"no polygon of {source} labels a pixel of the files: do they cover the same ground?")
-    probe = fit_linear(samples.x, samples.label, samples.group, classes=labels.classes, seed=seed, scale=scale, **PROBE)
+    probe = fit_linear(
+        samples.x, samples.label, samples.group, classes=samples.classes, seed=seed, scale=scale, **PROBE
+    )
     return Classified(features, probe, gsd_m, align_m=features.align_m, halo_m=features.halo_m)
+
+
+def _sampled_by_windows(features: Dense, ground: Source, source: Any, column: str) -> Samples:
+    """Features of the labelled pixels of a place that is larger than memory."""
+    frame = vector.load_frame(source).to_crs(ground.geobox.crs.to_wkt())
+    found: list[Samples] = []
+    for window in plan_of(features, ground, None, None, None, False).windows():
+        top, bottom, left, right = window.core
+        if not len(frame.sindex.query(ground.geobox[top:bottom, left:right].extent.geom, predicate="intersects")):
+            continue
+        batch = ground.read(*window.read)
+        place = replace(batch.places[0], geobox=ground.geobox[slice(*window.read[:2]), slice(*window.read[2:])])
+        labels = burn(frame, place, column, gsd_m=features.gsd_m)
+        own = torch.zeros_like(labels.label, dtype=torch.bool)
+        own[inside(window.core, window.read)] = True  # the neighbours sample their own pixels
+        labels = replace(labels, label=torch.where(own, labels.label, -1))
+        if (labels.label >= 0).any():
+            found.append(sampled(features, batch, labels)[0])
+    if not found:
+        return Samples(torch.zeros(0, 1), torch.zeros(0).long(), torch.zeros(0).long(), ())
+    x, label, group = (torch.cat([getattr(one, name) for one in found]) for name in ("x", "label", "group"))
+    return Samples(x, label, group, found[0].classes)
 
 
 def task_mapper(encoder: Encoder, task: Task) -> Tasked:

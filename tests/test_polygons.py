@@ -92,6 +92,33 @@ def test_single_pixels_and_whole_images_give_the_same_samples(batch, place, fiel
     assert 0.3 < len(some) / int((labels.label >= 0).sum()) < 0.7
 
 
+def test_windows_of_a_large_place_give_the_samples_of_the_whole(batch, place, fields, monkeypatch) -> None:
+    encoder = omnisat.build("tiny", grid=4, modalities={
+        "s2-10m": {"sensor": "sentinel-2-l1c", "bands": ["B02", "B03", "B04", "B08"], "gsd_m": 10.0, "projector": "texture"}
+    })  # fmt: skip
+    dense = polygons.dense(encoder, GSD_M)
+    whole, _ = polygons.sampled(dense, batch, polygons.burn(fields, place, "crop", gsd_m=GSD_M))
+    plan_of, windows = polygons.plan_of, []
+
+    def narrow(mapper, source, *rest):
+        windows.append(plan_of(mapper, source, 160.0, *rest[1:]))
+        return windows[-1]
+
+    monkeypatch.setattr(polygons, "plan_of", narrow)
+    some = polygons._sampled_by_windows(dense, polygons.open_source(batch, GSD_M), fields, "crop")
+    assert windows[0].grid == (3, 3)
+    assert some.classes == whole.classes
+    for one in (some, whole):
+        assert len(one) == 64 * 16
+    for group in range(64):
+        mine, theirs = some.group == group, whole.group == group
+        torch.testing.assert_close(some.x[mine].mean(0), whole.x[theirs].mean(0))
+        torch.testing.assert_close(some.x[mine].amax(0), whole.x[theirs].amax(0))
+        assert some.label[mine].tolist() == whole.label[theirs].tolist()
+    mapper = polygons.probe_mapper(encoder, batch, fields, "crop", gsd_m=GSD_M)
+    assert set(mapper.names) == {"maize", "wheat"}
+
+
 def test_a_model_whose_tokens_have_no_size_is_refused(batch) -> None:
     encoder = omnisat.build("tiny")
     del encoder.settings

@@ -73,7 +73,7 @@ def predict(
             raise ValueError("--labels needs --column, the attribute that holds the class")
         (encoder,) = _on(device, encoder_of(model, at))
         scene = scene_of(files, encoder, sensor, times, place, period, source)
-        mapper = polygons.probe_mapper(encoder, scene.read(), labels, column, gsd_m=gsd_m, shifts=shifts)
+        mapper = polygons.probe_mapper(encoder, scene, labels, column, gsd_m=gsd_m, shifts=shifts)
     options = {"window_m": window_m, "blend": blend, "min_valid": min_valid, "workers": workers, "cluster": cluster}
     _run(mapper, scene, out, probabilities=probabilities, quiet=quiet, **options)
 
