@@ -20,6 +20,7 @@ from everysat.sensors import Band, Sensor
 NO_CLASS = 255
 """No-data value of class maps and confidence maps."""
 _SAMPLE = 20_000
+_CHUNK_BYTES = 17e6
 
 
 class Output(Protocol):
@@ -143,12 +144,13 @@ _FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Pixels:
     """A Zarr store of embeddings, one vector a pixel."""
 
-    chunk = 256
-
     def __init__(self, out: Path, geobox: Any, parts: Parts, quantiser: str, facts: Mapping[str, Any]) -> None:
         self.geobox, self.parts, self.facts, self.quantiser = geobox, parts, facts, quantiser
         self.paths = {"features": out}
         self.late = _fitted(quantiser)
+        # Quantising holds several copies of a chunk.
+        fits = (side for side in (256, 128, 64) if 4 * side**2 * parts.channels <= _CHUNK_BYTES)
+        self.chunk = next(fits, 32)
         _rule(quantiser, parts)  # an unknown name is an error now, not after the work
         self._writer: Any = None
 
