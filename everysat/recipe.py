@@ -50,10 +50,12 @@ class Named(Strict):
 class Model(Named):
     """``weights``: a file saved by a run or by ``everysat convert`` to begin with; its own sizes then hold, ``name`` must be
     of its family, and ``options`` change its config. ``statistics: data`` normalises inputs by the mean and deviation of the training data instead of those that
-    the model brings; for models whose config lists ``modalities`` with ``mean`` and ``std``."""
+    the model brings; for models whose config lists ``modalities`` with ``mean`` and ``std``. ``probabilistic: true`` puts Gaussian heads
+    on it, one per modality, and fuses what they say; with options, such as ``{fusion: max_conf}``, see :mod:`everysat.models.prommrs`."""
 
     weights: str | None = None
     statistics: Literal["model", "data"] = "model"
+    probabilistic: bool | dict[str, Any] = False
 
 
 class Source(Named):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from everysat.data.batches import Dataset, Joined, Subset
@@ -17,7 +18,7 @@ from everysat.find import find
 from everysat.models import weights
 from everysat.nn.inputs import described
 from everysat.nn.spectral import LABEL, listing
-from everysat.recipe import Recipe, RecipeError, check_options
+from everysat.recipe import Recipe, RecipeError, check_options, explain
 from everysat.types import Batch, Encoder, Input, Objective, Raster
 
 
@@ -72,7 +73,25 @@ def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
             )
     if model.statistics == "data":
         encoder = with_statistics(encoder, data)
+    if model.probabilistic is not False:
+        encoder = _probabilistic(encoder, {} if model.probabilistic is True else model.probabilistic)
     return encoder.train()
+
+
+def _probabilistic(encoder: Encoder, options: Mapping[str, Any]) -> Encoder:
+    module, _ = find("models", "prommrs")
+    if encoder.family == "prommrs":
+        raise RecipeError(
+            "model.probabilistic: the model is probabilistic already; leave it out, or change its options"
+        )
+    try:
+        wrapped: Encoder = module.wrap(encoder, **options)
+    except ValidationError as error:
+        wrong = "; ".join(explain(module.Config, e) for e in error.errors(include_url=False))
+        raise RecipeError(f"model.probabilistic: {wrong}") from error
+    except ValueError as error:
+        raise RecipeError(f"model.probabilistic: {error}") from error
+    return wrapped
 
 
 def with_statistics(encoder: Encoder, datasets: Sequence[Dataset]) -> Encoder:

@@ -399,14 +399,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder says: ``mean`` [token, dim] per token at ``coords``, its variance ``var`` if the encoder is
-    probabilistic, and ``summary`` [row, dim] per place. A dense output is just features at finer coords."""
+    """What an encoder says: ``mean`` [token, dim] per token at ``coords`` and ``summary`` [row, dim] per place, with their variances
+    ``var`` and ``summary_var`` if the encoder is probabilistic. A dense output is just features at finer coords."""
 
     mean: Tensor
     coords: Coords
     summary: Tensor
     places: tuple[Place, ...]
     var: Tensor | None = None
+    summary_var: Tensor | None = None
 
     def grid(self) -> Tensor:
         """Token features as images, [row, dim, y, x] in north-up raster order; NaN where there is no token.
