@@ -422,7 +422,8 @@ def read(suite: Suite, cell: Cell) -> Result | None:
         told = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if json.dumps(told["asked"]) != json.dumps(_asked(suite, cell), default=str) or "error" in told["facts"]:
+    asked = json.loads(json.dumps(_asked(suite, cell), default=str))
+    if not _same(told["asked"], asked) or "error" in told["facts"]:
         return None
     found: dict[str, Evaluation] = {}
     with safe_open(f"{path}.safetensors", framework="pt") as file:
@@ -435,6 +436,14 @@ def read(suite: Suite, cell: Cell) -> Result | None:
                     getattr(one, field).append(file.get_tensor(f"{labels} {field} {number}"))
                     number += 1
     return Result(cell, found, told["facts"])
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether settings agree; one that results of before do not know must be unset."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        known = all(name in now for name in before)
+        return known and all(_same(before[name], one) if name in before else not one for name, one in now.items())
+    return bool(before == now)
 
 
 def _scores(suite: Suite, cell: Cell, one: Evaluation) -> list[str]:

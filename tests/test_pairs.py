@@ -101,3 +101,14 @@ def test_responses_pooled_over_places_are_those_of_pixels(places) -> None:
     filters = RandomConvolutions(0.5, filters=40, side=3, pool_m=0).fit(batch, torch.Generator().manual_seed(0))
     assert torch.allclose(Pooled(filters)(batch), filters(batch).flatten(2).mean(2), atol=1e-6)
     assert filters(batch).shape[1] == 80
+
+
+def test_settings_that_came_later_do_not_part_results() -> None:
+    before = {"row": {"model": {"name": "omnisat/", "options": {}}}}
+    assert bench._same(before, {"row": {"model": {"name": "omnisat/", "options": {}, "probabilistic": False}}})
+    for other in (
+        {"name": "omnisat/", "options": {}, "probabilistic": True},
+        {"name": "omnisat/"},
+        {"name": "x", "options": {}},
+    ):
+        assert not bench._same(before, {"row": {"model": other}})
