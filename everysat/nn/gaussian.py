@@ -209,7 +209,7 @@ class GaussianHead(nn.Module):
 
     The mean has the length sqrt(dim), whatever the vector: without that, means grow (or, with distances in the loss, shrink to a point) in place of
     variances learning. The log variance stays in ``low`` to ``high`` by tanh, so that no witness can outweigh the others without bound, and begins at
-    the middle: weights are small, and there is no bias at first.
+    the middle: weights are small, and there is no bias at first. A hidden layer of its own lets it see what is unusual, which is no direction.
     """
 
     def __init__(self, width: int, dim: int, low: float = -9.0, high: float = 3.0) -> None:
@@ -217,6 +217,7 @@ class GaussianHead(nn.Module):
         self.low, self.high = low, high
         self.norm = nn.LayerNorm(width)
         self.mean, self.spread = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.doubt = nn.Sequential(nn.Linear(width, width), nn.GELU())
         nn.init.normal_(self.spread.weight, std=0.01 / math.sqrt(width))
         nn.init.zeros_(self.spread.bias)
 
@@ -225,4 +226,4 @@ class GaussianHead(nn.Module):
         mean = self.mean(x).float()
         mean = F.normalize(mean, dim=-1, eps=1e-6) * math.sqrt(mean.shape[-1])
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
-        return mean, middle + half * torch.tanh(self.spread(x).float())
+        return mean, middle + half * torch.tanh(self.spread(self.doubt(x)).float())

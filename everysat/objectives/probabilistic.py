@@ -40,6 +40,14 @@ def sigmoid_match(a: Gaussian, b: Gaussian, scale: Tensor, bias: Tensor) -> Tens
         return global_mean(F.softplus(torch.where(own, -logits, logits)).sum(1))
 
 
+def disagreement(a: Gaussian, b: Gaussian) -> Tensor:
+    """-log density, mean over dimensions, of the difference between the means of ``a`` and ``b`` [n, dim] if both are the same vector, each with an
+    error of its own: N(0, var_a + var_b). Least where variances are the mean squared errors (Kendall and Gal 2017)."""
+    log_var = torch.logaddexp(a.log_var, b.log_var)
+    scaled = (a.mean - b.mean).square() * (-log_var).exp()
+    return 0.5 * (math.log(2 * math.pi) + log_var + scaled).mean(-1)
+
+
 def two_sets(there: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Two disjoint sets, neither empty, of the modalities that are ``there`` [n, modality], at least two: bool [n, modality] each. Of k modalities
     the first set has 1 to k - 1, the second 1 to what is left, all equally often. ``noise`` [n, modality + 2], uniform in [0, 1), decides."""
@@ -103,6 +111,7 @@ class ProbabilisticPretraining(Objective):
         reconstruction: float = 1.0,
         prior: float = 1e-4,
         inclusion: float = 0.1,
+        agreement: float = 1.0,
         corruption: float = 0.1,
     ) -> None:
         super().__init__()
@@ -118,7 +127,12 @@ class ProbabilisticPretraining(Objective):
                 f"levels={levels}, cells={cells}, scale={scale} must be some, and corruption={corruption} a share below 1"
             )
         self.levels, self.cells, self.corruption = tuple(levels), cells, corruption
-        self.weights = {"reconstruction": reconstruction, "prior": prior, "inclusion": inclusion}
+        self.weights = {
+            "reconstruction": reconstruction,
+            "prior": prior,
+            "inclusion": inclusion,
+            "agreement": agreement,
+        }
         inner: Any = encoder
         kinds = list(inner.cell_heads)
         if kinds != ["shared"] and len(kinds) < 2:
@@ -164,6 +178,8 @@ class ProbabilisticPretraining(Objective):
         }
         alone = Gaussian(mean, log_var, there)
         terms["prior"] = global_mean(divergence(alone)[there])
+        still = replace(picked, mean=mean.detach())
+        terms["agreement"] = global_mean(disagreement(still.fused(fusion, first), still.fused(fusion, second)))
         terms["inclusion"] = global_mean(F.softplus(-containment(every, a)))
         if self.decoders:
             z = a.sample(_normal(generator, picked.row.cpu(), a.mean.shape[1], row_offset(rows), rows).to(a.mean))
