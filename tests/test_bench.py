@@ -11,7 +11,7 @@ import torch
 from everysat import bench
 from everysat.data import bigearthnet, dea_cropmask, fuel_moisture, pastis
 from everysat.features import Cache, Extracted, Part, extract
-from everysat.models import weights
+from everysat.models import omnisat, weights
 from everysat.recipe import RecipeError
 from everysat.suite import Suite, amount
 from everysat.tables import save, tables
@@ -362,3 +362,18 @@ def test_a_table_says_how_far_apart_the_parts_lie(tmp_path):
     (result,) = bench.run(asked, quiet=True)
     assert result.facts["ground"]["apart_m"] > 1000
     assert "Training labels are alike up to about" in tables(asked, [result])[0].markdown()
+
+
+def test_weights_are_found_by_the_name_they_are_installed_under(tmp_path, crops, monkeypatch):
+    monkeypatch.setenv("EVERYSAT_WEIGHTS", str(tmp_path / "weights"))
+    row = {"named": {"model": {"name": "omnisat/", "weights": "omnisat/mine"}}}
+    asked = suite(crops, tmp_path / "out", row, modalities={"s2": ["s2"]}, labels=["100%"])
+    (result,) = bench.run(asked, quiet=True)
+    assert "none are installed under that name" in result.facts["error"]
+    modalities = {"s2": {"sensor": "sentinel-2-l2a", "bands": ["B04", "B08"], "gsd_m": 10, "projector": "series"}}
+    encoder = omnisat.build("", **{**SMALL, "modalities": modalities})
+    (tmp_path / "weights").mkdir()
+    weights.save(weights.installed("omnisat/mine"), encoder)
+    (result,) = bench.run(asked, quiet=True)
+    assert "error" not in result.facts, result.facts
+    assert result.facts["parameters"] == sum(p.numel() for p in encoder.parameters())
