@@ -44,8 +44,16 @@ def day_number(time_s: Tensor, origin: float | None) -> Tensor:
     middle = time_s.mean(dim=1)
     if origin is not None:
         return (middle - origin) / 86400.0
-    days = (middle.cpu() / 86400.0).floor().numpy().astype("datetime64[D]")
-    return torch.from_numpy((days - days.astype("datetime64[Y]")).astype("int64") + 1).double().to(time_s.device)
+    # The calendar in whole numbers, which float64 holds exactly. Years that begin on 1 March end with their leap day; an era is the
+    # 400 of them after which the calendar repeats.
+    days = (middle / 86400.0).floor() + 719468.0  # since 1 March of the year 0
+    era = (days / 146097.0).floor()
+    of_era = days - 146097.0 * era
+    year = ((of_era - (of_era / 1460.0).floor() + (of_era / 36524.0).floor() - (of_era / 146096.0).floor()) / 365.0).floor()
+    of_year = of_era - (365.0 * year + (year / 4.0).floor() - (year / 100.0).floor())
+    whole = 400.0 * era + year
+    leap = (whole % 4.0 == 0) & ((whole % 100.0 != 0) | (whole % 400.0 == 0))
+    return torch.where(of_year >= 306.0, of_year - 305.0, of_year + 60.0 + leap)
 
 
 def bucket_of(squared_distance: Tensor) -> Tensor:

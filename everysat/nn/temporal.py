@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from everysat.nn.frozen import freezing
 from everysat.nn.gather import world
 from everysat.nn.position import sinusoid
 
@@ -140,7 +141,10 @@ class Ltae(nn.Module):
 
     def _date_code(self, day: Tensor, dtype: torch.dtype) -> Tensor:
         """Sinusoids of dim / heads numbers, once per distinct day, repeated for each head: [n, dim]."""
-        distinct, where = torch.unique(day, return_inverse=True)
+        if freezing.get():  # which days are alike must not become part of a graph
+            distinct, where = day, slice(None)
+        else:
+            distinct, where = torch.unique(day, return_inverse=True)
         code = sinusoid(distinct, self.key.in_features // self.heads, self.period).to(dtype)
         return repeat(code, "u d -> u (h d)", h=self.heads)[where]
 
