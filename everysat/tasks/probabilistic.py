@@ -1,0 +1,136 @@
+"""Any task on Gaussian features: trained on samples of them, and its predictions averaged over what they may be.
+
+Where the representation is unsure, samples of it lead to different answers, whose average is less sure: probabilities nearer to each other, values
+with a variance. A map of classes then has, as its confidence, a probability that also knows what was missing or corrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everysat.find import find
+from everysat.nn.gaussian import Gaussian, divergence
+from everysat.types import Batch, Encoder, Features, Raster, Task, Tokens
+
+
+class Probabilistic(Task):
+    """See :func:`build`."""
+
+    noise: Tensor
+
+    def __init__(self, task: Task, dim: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.task, self.config = task, config
+        self.target, self.sensor = task.target, task.sensor
+        drawn = torch.randn(config["samples"] // 2, dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("noise", torch.cat([drawn, -drawn]), persistent=False)
+
+    @property
+    def head(self) -> Any:
+        """Of the task below."""
+        return self.task.head
+
+    def features(self, encoder: Encoder, batch: Batch) -> Features:
+        return self.task.features(encoder, batch)
+
+    def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The loss of the task on one sample of the features, and ``prior``, their divergence from N(0, 1) per dimension (Alemi et al. 2017)."""
+        sampled: Any = _Sampled(encoder, generator)
+        terms = self.task(sampled, batch, generator)
+        prior = sampled.divergence
+        return {**terms, "loss": terms["loss"] + self.config["prior"] * prior, "prior": prior.detach()}
+
+    @torch.no_grad()
+    def predict(self, features: Features, batch: Batch | None = None) -> Raster:
+        """What the task predicts on average over samples of the features; of values also their variance over samples. All tokens share their noise, so
+        that a token's prediction depends on nothing else. Of features without variance: what the task predicts of them."""
+        if features.var is None:
+            return self.task.predict(features, batch)
+        said = [self.task.predict(_drawn(features, noise, noise), batch) for noise in self.noise]
+        values = torch.stack([one.values for one in said])
+        var = (
+            None
+            if self.sensor.kind == "classes"
+            else values.var(0, correction=0) + (said[0].var if said[0].var is not None else 0)
+        )
+        return replace(said[0], values=values.mean(0), var=var)
+
+    def metrics(self) -> Mapping[str, Any]:
+        return self.task.metrics()
+
+    def pairs(self, prediction: Raster, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.task.pairs(prediction, batch)
+
+
+class _Sampled:
+    """In place of an encoder, for one step: its features are a sample of what the encoder says."""
+
+    def __init__(self, encoder: Encoder, generator: torch.Generator) -> None:
+        self._encoder, self._generator = encoder, generator
+        self.divergence = torch.zeros(())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def __call__(self, tokens: Tokens) -> Features:
+        features = self._encoder(tokens)
+        if features.var is None or features.summary_var is None:
+            return features
+        means, variances = (features.mean, features.summary), (features.var, features.summary_var)
+        noise = [torch.randn(mean.shape, generator=self._generator).to(mean.device) for mean in means]
+        parts = [
+            divergence(Gaussian(m, v.log(), torch.ones_like(m[..., 0], dtype=torch.bool))).sum() / max(m.numel(), 1)
+            for m, v in zip(means, variances, strict=True)
+        ]
+        self.divergence = torch.stack(parts).mean()
+        return _drawn(features, *noise)
+
+
+def _drawn(features: Features, of_tokens: Tensor, of_places: Tensor) -> Features:
+    """A sample of features by standard normal noise."""
+    if features.var is None or features.summary_var is None:
+        return features
+    mean = features.mean + features.var.sqrt() * of_tokens
+    return replace(features, mean=mean, summary=features.summary + features.summary_var.sqrt() * of_places)
+
+
+def build(
+    variant: str = "",
+    *,
+    encoder: Encoder,
+    task: Mapping[str, Any],
+    samples: int = 8,
+    prior: float = 1e-3,
+) -> Probabilistic:
+    """A task on a probabilistic encoder.
+
+    Args:
+        task: ``{"name": "classify/place", "options": {...}}``, what is to be predicted.
+        samples: of the features, that a prediction is averaged over; even, each with its mirror image.
+        prior: weight of the features' divergence from N(0, 1).
+
+    Raises:
+        ValueError: the encoder says no variances, or the options do not fit.
+    """
+    if variant:
+        raise LookupError(
+            f"task probabilistic has no variant {variant!r}; the task that it is about has: task={{name: classify/place}}"
+        )
+    if not hasattr(encoder, "witnesses"):
+        raise ValueError(
+            f"task probabilistic is for Gaussian features, {encoder.family} gives none: set model.probabilistic to true"
+        )
+    if samples < 2 or samples % 2 or prior < 0:
+        raise ValueError(f"samples={samples} must be even, 2 or more, and prior={prior} not negative")
+    if "name" not in task or set(task) - {"name", "options"}:
+        raise ValueError(f"task={dict(task)!r} must say what to predict, as {{name: classify/place, options: {{...}}}}")
+    module, inner = find("tasks", task["name"])
+    given = task.get("options", {})
+    below: Task = module.build(encoder=encoder, **({"variant": inner} if inner else {}), **given)
+    below_named = {"name": task["name"].partition("/")[0], "options": below.config}
+    return Probabilistic(below, encoder.dim, {"task": below_named, "samples": samples, "prior": prior})
