@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 from layered_encoder import NAMES, LayeredEncoder, layered_batch
+from test_laws import example
 
-from everysat.find import find
+from everysat.find import find, names
 from everysat.models import prommrs, weights
 from everysat.nn.gaussian import FUSIONS, fuse, information
 from everysat.recipe import Recipe, RecipeError
@@ -117,12 +118,24 @@ def test_what_does_not_fit_is_refused(generator) -> None:
         prommrs.build("nan")
 
 
-def test_a_model_for_any_sensor_shares_one_head(generator) -> None:
-    name = "ramen/nano" if "nano" in find("models", "ramen")[0].VARIANTS else "ramen/tiny"
-    model = prommrs.build("", encoder={"name": name}, dim=8).eval()
-    assert model.own.heads == "shared"
-    assert list(model.cell_heads) == ["shared"]
-    assert model.any_sensor
+@pytest.mark.parametrize("name", [n for n in names("models") if n != "prommrs"])
+def test_any_encoder_can_be_wrapped(name, generator) -> None:
+    module, _ = find("models", name)
+    smallest = next((v for v in ("nano", "tiny") if v in getattr(module, "VARIANTS", {})), None)
+    if smallest is None:
+        pytest.skip(f"{name} has no variant 'nano' or 'tiny'")
+    backbone = module.build(smallest)
+    if not backbone.inputs:
+        with pytest.raises(ValueError, match="lists no layers"):
+            prommrs.wrap(backbone, heads="each")
+        return
+    model = prommrs.wrap(backbone, dim=6).eval()
+    assert list(model.cell_heads) == (["shared"] if backbone.any_sensor else list(backbone.inputs))
+    batch = example(model, generator)
+    features = model.embed(batch)
+    assert features.grid().shape[1] == 6
+    assert features.var.shape == features.mean.shape
+    assert (features.summary_var <= model.embed(batch.only(next(iter(batch.layers)))).summary_var).all()
 
 
 def test_weights_come_back(tmp_path, generator) -> None:
