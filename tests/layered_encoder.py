@@ -36,9 +36,10 @@ class LayeredEncoder(Encoder):
         parts = [(torch.zeros(0, self.dim), cells_at(nowhere, nowhere, nowhere, 20.0, 0))]
         for group, name in enumerate(groups):
             raster = self.inputs[name].fit(batch.raster(name), name)
-            x = self.inputs[name].normalise(raster).unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3)
-            obs, y, x_at = torch.ones(x.shape[:3]).nonzero(as_tuple=True)
-            parts.append((self.nets[name](x.flatten(0, 2)), cells_at(raster.row[obs], y, x_at, 20.0, group)))
+            x, seen = (squares(image) for image in (self.inputs[name].normalise(raster), raster.valid))
+            there = seen.any(-1)
+            obs, y, x_at = there.nonzero(as_tuple=True)
+            parts.append((self.nets[name](x[there]), cells_at(raster.row[obs], y, x_at, 20.0, group)))
         return Tokens(torch.cat([x for x, _ in parts]), Coords.cat([c for _, c in parts]), groups, batch.places)
 
     def forward(self, tokens: Tokens) -> Features:
@@ -47,6 +48,11 @@ class LayeredEncoder(Encoder):
         mean = mean_by(tokens.x, where, len(keys))
         summary = mean_by(mean, keys[:, 0], len(tokens.places))
         return Features(mean, cells_at(keys[:, 0], keys[:, 1], keys[:, 2], 20.0, 0), summary, tokens.places)
+
+
+def squares(image: Tensor) -> Tensor:
+    """[obs, y, x, 16] of images [obs, 4, 2 y, 2 x]."""
+    return image.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3)
 
 
 def mean_by(x: Tensor, index: Tensor, count: int) -> Tensor:

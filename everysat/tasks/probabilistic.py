@@ -106,6 +106,7 @@ def build(
     task: Mapping[str, Any],
     samples: int = 8,
     prior: float = 1e-3,
+    gsd_m: float | None = None,
 ) -> Probabilistic:
     """A task on a probabilistic encoder.
 
@@ -113,6 +114,7 @@ def build(
         task: ``{"name": "classify/place", "options": {...}}``, what is to be predicted.
         samples: of the features, that a prediction is averaged over; even, each with its mirror image.
         prior: weight of the features' divergence from N(0, 1).
+        gsd_m: pixel of the target; that of the task's own options.
 
     Raises:
         ValueError: the encoder says no variances, or the options do not fit.
@@ -133,4 +135,9 @@ def build(
     given = task.get("options", {})
     below: Task = module.build(encoder=encoder, **({"variant": inner} if inner else {}), **given)
     below_named = {"name": task["name"].partition("/")[0], "options": below.config}
-    return Probabilistic(below, encoder.dim, {"task": below_named, "samples": samples, "prior": prior})
+    if gsd_m not in (None, below.config.get("gsd_m")):
+        raise ValueError(
+            f"gsd_m={gsd_m} is not that of the task, {below.config.get('gsd_m')}: give it in the task's options"
+        )
+    config = {"task": below_named, "samples": samples, "prior": prior, "gsd_m": below.config.get("gsd_m")}
+    return Probabilistic(below, encoder.dim, config)
