@@ -27,13 +27,13 @@ _IMAGES = {
     f"aten::{name}"
     for name in (
         "convolution", "native_batch_norm", "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_bilinear2d",
-        "upsample_bicubic2d", "upsample_nearest2d", "replication_pad2d",
+        "upsample_bicubic2d", "upsample_nearest2d", "replication_pad2d", "reflection_pad2d", "_native_batch_norm_legit_no_training",
     )
 }  # fmt: skip
 """Operators on a number of images, apart from each other, whose batches of batches PyTorch writes for one size alone."""
-_LAST = {"aten::native_layer_norm"}
-"""Operators along the last axis, of which PyTorch says the same."""
-_ALONG = {"aten::cat", "aten::index_copy", "aten::gather"}
+_LAST = {"aten::native_layer_norm", "aten::constant_pad_nd"}
+"""Operators along the last axes, of which PyTorch says the same."""
+_ALONG = {"aten::cat", "aten::index_copy", "aten::index_add", "aten::gather"}
 """Operators along one axis, of which PyTorch says the same."""
 _IDENTICAL = ("aten::detach", "aten::alias", "aten::clone")
 """What gives its input, where nothing is changed in place."""
@@ -73,10 +73,13 @@ class _Samples(fx.Interpreter):
         if _schema(n) in _LAST:
             return super().run_node(n)
         if _schema(n) in _ALONG:
-            places = n.args[2] if _schema(n) == "aten::index_copy" else None  # the same of all samples
+            places = n.args[2] if _schema(n).startswith("aten::index_") else None  # the same of all samples
             own = {c: self.env[c].expand(size, *self.env[c].shape) for c in n.all_input_nodes if c not in self.many and c is not places}
             first, axis, *rest = fx.map_arg((*n.args, 0)[: max(2, len(n.args))], lambda c: own[c] if c in own else self.env[c])
             return n.target(first, axis + (axis >= 0), *rest)  # type: ignore[operator]
+
+        if _schema(n) == "aten::index_put" and not any(index in self.many for index in n.args[1]):  # type: ignore[union-attr]
+            return self._put(n, size)
 
         def one(*tensors: Tensor) -> Any:
             own = dict(zip(many, tensors, strict=True))
@@ -84,6 +87,18 @@ class _Samples(fx.Interpreter):
             return n.target(*args, **kwargs)  # type: ignore[operator]
 
         return torch.func.vmap(one)(*(self.env[node] for node in many))
+
+
+    def _put(self, n: fx.Node, size: int) -> Tensor:
+        image, indices, values, *rest = self.map_nodes_to_values(n.args, n)  # type: ignore[misc]
+        if n.args[0] not in self.many:
+            image = image.expand(size, *image.shape)
+        if n.args[2] in self.many and values.ndim > 1:
+            given = [index for index in indices if index is not None]
+            shape = max(index.ndim for index in given) + image.ndim - 1 - len(given)
+            values = values.reshape(size, *(1,) * (shape - values.ndim + 1), *values.shape[1:])
+        found: Tensor = n.target(image, [None, *indices], values, *rest)  # type: ignore[operator]
+        return found
 
 
 def frozen(function: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str, Tensor]) -> Batched:
@@ -103,15 +118,18 @@ def frozen(function: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str
         with torch.no_grad():
             return function(dict(zip(names, tensors, strict=True)))
 
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
 
     tensors, told = [example[name] for name in names], freezing.set(True)
     single = torch._decomp.get_decompositions([torch.ops.aten.native_group_norm])  # its kernel wants the number of samples
     options: dict[str, Any] = {"tracing_mode": "real", "_error_on_data_dependent_ops": False}
     try:
+        ordered(*tensors)  # what the network keeps from call to call is kept now, as plain tensors
         with sdpa_kernel(SDPBackend.MATH):  # other kernels are known to PyTorch alone
             # With mutation taken out, a node has one value, and what is constant stays so.
-            graph = make_fx(torch.func.functionalize(ordered), decomposition_table=single, **options)(*tensors)
+            pure = dispatch_functionalize(ordered, FunctionalTensorMode())
+            graph = make_fx(pure, decomposition_table=single, **options)(*tensors)
     finally:
         freezing.reset(told)
     return Batched(_Folding(graph, tensors).folded())
@@ -205,7 +223,9 @@ class _Folding:
         name = f"constant_{len(self.module._buffers)}"
         self.module.register_buffer(name, value.detach().clone(memory_format=torch.contiguous_format))
         with self.module.graph.inserting_before(before):
-            return self.module.graph.get_attr(name)
+            node = self.module.graph.get_attr(name)
+        self.value[node] = value
+        return node
 
     def _index(self, node: fx.Node) -> None:
         picked: list[Any] = []
