@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Report:
         head = "".join(f"<th{r}>{html.escape(c)}</th>" for c, r in zip(table.columns, right, strict=True))
         rows = "".join(
             f"<tr{' class=bold' if i in bold else ''}>"
-            + "".join(f"<td{r}>{html.escape(cell)}</td>" for cell, r in zip(row, right, strict=True))
+            + "".join(f"<td{r}>{_stressed(cell)}</td>" for cell, r in zip(row, right, strict=True))
             + "</tr>"
             for i, row in enumerate(table.shown())
         )
@@ -111,6 +112,11 @@ class Report:
         beside.write_text(self.html(), encoding="utf-8")
         beside.replace(path)
         return path
+
+
+def _stressed(cell: str) -> str:
+    """A cell as HTML; ``**text**`` is bold, as in Markdown."""
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(cell))
 
 
 def stretched(image: np.ndarray, low: float = 2.0, high: float = 98.0, gamma: float = 0.85) -> np.ndarray:
@@ -222,9 +228,22 @@ def curves_figure(
         axis.minorticks_off()
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    if any(series):
+    if len(series) > 6:  # beside the lines, which many names would hide
+        fig.set_figwidth(10.5)
+        fig.legend(loc="outside right center", frameon=False, fontsize=8.5)
+    elif any(series):
         axis.legend(frameon=False, fontsize=9)
     return fig
+
+
+def risk_figure(curves: Mapping[str, Any], *, risk: str = "share of errors among those kept") -> Any:
+    """Curves of :func:`everysat.nn.risk.risk_coverage` by name, each with the area under it (AURC, less is better)."""
+    series = {}
+    for name, curve in curves.items():
+        step = max(1, len(curve.risk) // 200)
+        coverage, at = (x.tolist()[::-1][::step][::-1] for x in (curve.coverage, curve.risk))
+        series[f"{name} (AURC {curve.aurc:.3g})"] = (coverage, at, None)
+    return curves_figure(series, x="share kept, most confident first", y=risk)
 
 
 def intervals_figure(rows: Mapping[str, Mapping[str, Any]], *, x: str) -> Any:
@@ -250,15 +269,19 @@ def matrix_figure(matrix: Any, classes: Sequence[str]) -> Any:
     plt = _pyplot()
     counts = np.asarray(matrix, dtype=float)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = 1.8 + 0.55 * len(classes)
+    few = len(classes) <= 16
+    side = 1.8 + (0.55 if few else 0.24) * len(classes)
     fig, axis = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for i in range(len(classes)):
+    for i in range(len(classes) if few else 0):  # numbers of many classes could not be read
         for j in range(len(classes)):
             text = f"{100 * share[i, j]:.0f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.55 else INK)
-    axis.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
+    size = 10 if few else 7.5
+    axis.set_xticks(
+        range(len(classes)), classes, rotation=40 if few else 90, ha="right" if few else "center", fontsize=size
+    )
+    axis.set_yticks(range(len(classes)), classes, fontsize=size)
     axis.tick_params(length=0)
     axis.set_xlabel("predicted")
     axis.set_ylabel("label")
@@ -301,9 +324,9 @@ figure img{display:block;max-width:100%;height:auto;background:#fff;border:1px s
 figure.half{display:inline-block;width:calc(50% - .6rem);vertical-align:top;margin:1rem .3rem 1rem 0}
 @media(max-width:760px){figure.half{width:100%}}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px}
-table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{padding:.5rem .8rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
-th{background:var(--panel);font-weight:600}tbody tr:last-child td{border-bottom:0}tbody tr:hover{background:var(--panel)}
+table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
+th,td{padding:.4rem .55rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
+th{background:var(--panel);font-weight:600;white-space:normal}td:first-child{white-space:normal;min-width:9rem}tbody tr:last-child td{border-bottom:0}tbody tr:hover{background:var(--panel)}
 .n{text-align:right}tr.bold td{font-weight:650;color:var(--accent)}.note{color:var(--soft);font-size:.82rem;margin:.4rem 0;max-width:none}
 .numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.8rem;margin:1.4rem 0}
 .numbers div{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:.8rem 1rem}

@@ -31,6 +31,12 @@ class Table:
         columns = tuple(dict.fromkeys(name for row in rows for name in row))
         return cls(title, columns, tuple(tuple(row.get(c, "") for c in columns) for row in rows), tuple(notes))
 
+    def without(self, *columns: str) -> Table:
+        """The same without these columns."""
+        keep = [i for i, name in enumerate(self.columns) if name not in columns]
+        rows = tuple(tuple(row[i] for i in keep) for row in self.rows)
+        return Table(self.title, tuple(self.columns[i] for i in keep), rows, self.notes)
+
     def shown(self) -> list[list[str]]:
         """Cells as text: floats with three decimals."""
         return [[show(cell) for cell in row] for row in self.rows]
@@ -70,12 +76,16 @@ class Table:
 
     def __rich__(self) -> Any:
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
         for name, right in zip(self.columns, self.numeric(), strict=True):
             table.add_column(name, justify="right" if right else "left")
         for row in self.shown():
-            table.add_row(*row)
+            bold = [cell.startswith("**") for cell in row]
+            table.add_row(
+                *(Text(c.strip("*") if b else c, "bold" if b else "") for c, b in zip(row, bold, strict=True))
+            )
         return table
 
 

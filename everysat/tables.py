@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ def tables(suite: Suite, results: Sequence[Result]) -> list[Table]:
         _table(suite, title, data, [r for r in results if r.cell.dataset == title])
         for title, data in suite.datasets.items()
     ]
+
+
+COSTS = ("parameters", "features, s", "fitting, s")
+"""Columns that say what a row took."""
 
 
 def _table(suite: Suite, title: str, data: Data, results: list[Result]) -> Table:
@@ -90,8 +95,8 @@ def _notes(suite: Suite, data: Data, results: Sequence[Result]) -> list[str]:
         notes += [
             f"{score.name}: {score.definition}.",
             f"Mean over {score.draws} draws ({len(data.folds)} folds × {suite.seeds} draws of labels), [95 % interval] from resampling {score.groups} test "
-            f"places. Bold: best of its layers; =: the interval of the paired difference to it holds 0. Places (all folds together): {facts['places']}; "
-            f"labelled samples: {facts['samples']}.",
+            f"places. Bold: best of its layers; =: the interval of the paired difference to it holds 0. Places (all folds together): {_counts(facts['places'])}; "
+            f"labelled samples: {_counts(facts['samples'])}.",
         ]
         if facts.get("ground"):
             reach, apart = (f"{facts['ground'][name] / 1000:.3g} km" for name in ("correlated_m", "apart_m"))
@@ -100,6 +105,10 @@ def _notes(suite: Suite, data: Data, results: Sequence[Result]) -> list[str]:
             )
     shown = {result.cell.model for result in results}
     return notes + [f"{name}: {row.note}" for name, row in suite.models.items() if row.note and name in shown]
+
+
+def _counts(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in parts.items())
 
 
 def _published(entry: dict[str, Any], data: Data) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def report(suite: Suite, results: Sequence[Result]) -> Report:
     for table, (title, data) in zip(tables(suite, results), suite.datasets.items(), strict=True):
         mine = [result for result in results if result.cell.dataset == title and result.evaluations]
         page.add_heading(title)
-        page.add_table(table)
+        page.add_table(replace(table, title=table.title.removeprefix(f"{title}: ")))
         if not mine:
             continue
         rows = {_title(result.cell, data): _scores(data, result) for result in mine}

@@ -17,6 +17,7 @@ from everysat.cli.options import (
     Source,
     Times,
     Where,
+    console,
     encoder_of,
     scene_of,
     settings_of,
@@ -160,12 +161,12 @@ def bench(
     """Compare models on datasets, label fractions and sensors: tables, CSV and a report. Interrupted, the same command goes on."""
     from everysat.bench import run
     from everysat.suite import Suite
-    from everysat.tables import save, tables
+    from everysat.tables import COSTS, save, tables
 
     loaded = Suite.load(suite, settings or ())
     results = run(loaded, only=only, jobs=jobs, restart=restart, quiet=quiet)
     for table in tables(loaded, results):
-        show(table)
+        show(table.without(*COSTS) if console().width < 140 else table)
     for path in save(loaded, results):
         print(path)
     _fail_on_errors(results)
