@@ -19,7 +19,7 @@ LAYERS = (
     ("recipe", "manifest", "checkpoint", "logbook"),
     ("suite",),
     ("optimizer", "trainee"),
-    ("train", "evaluate", "store", "report", "hub", "export"),
+    ("train", "evaluate", "store", "report", "hub", "exported"),
     ("mapping",),
     ("predict",),
     ("polygons",),

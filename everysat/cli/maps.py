@@ -22,6 +22,7 @@ from everysat.cli.options import (
     Where,
     encoder_of,
     scene_of,
+    settings_of,
 )
 
 app = typer.Typer()
@@ -61,12 +62,17 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """A map and its confidence, of an area of any size. Interrupted, the same command goes on."""
-    from everysat import polygons
+    from everysat import exported, polygons
     from everysat.models import weights
 
-    if labels is None:
+    if exported.is_exported(model):
+        mapper: Any = _exported(model, labels=labels, gsd_m=gsd_m, at=at)
+        if not mapper.probabilistic and mapper.names[0] == "feature 0":
+            raise ValueError(f"{model} gives features, not a map: use everysat embed, or export a model with a task")
+        scene = scene_of(files, mapper, sensor, times, place, period, source)
+    elif labels is None:
         encoder, task = weights.load_task(model)
-        mapper: Any = polygons.task_mapper(*_on(device, encoder, task))
+        mapper = polygons.task_mapper(*_on(device, encoder, task))
         scene = scene_of(files, encoder, sensor, times, place, period, source)
     else:
         if column is None:
@@ -105,18 +111,69 @@ def embed(
     quiet: Quiet = False,
 ) -> None:
     """Embeddings of an area of any size: a store that search and label take, or a GeoTIFF. Interrupted, the same command goes on."""
-    from everysat import polygons
+    from everysat import exported, polygons
     from everysat.nn.mappers import Summaries
 
-    (encoder,) = _on(device, encoder_of(model, at))
+    if exported.is_exported(model):
+        if out.suffix.lower() == ".parquet":
+            raise ValueError(
+                f"{model} gives features of tokens, not of chips: choose an output that ends in .zarr or .tif"
+            )
+        encoder: Any = _exported(model, chip_m=chip_m, at=at)
+    else:
+        (encoder,) = _on(device, encoder_of(model, at))
     scene = scene_of(files, encoder, sensor, times, place, period, source)
-    if out.suffix.lower() == ".parquet":
-        mapper: Any = Summaries(encoder, chip_m or encoder.settings.chip_m)
+    if exported.is_exported(model):
+        mapper: Any = encoder
+    elif out.suffix.lower() == ".parquet":
+        mapper = Summaries(encoder, chip_m or encoder.settings.chip_m)
     else:
         mapper = polygons.dense(encoder, polygons.token_m(encoder), chip_m=chip_m)
     facts = _facts(model, scene)
     options = {"window_m": window_m, "blend": blend, "min_valid": min_valid, "workers": workers, "cluster": cluster}
     _run(mapper, scene, out, quantiser=quantiser, facts=facts, quiet=quiet, **options)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="what to write: .onnx or .pt2, and its contract beside it")],
+    to: Annotated[str, typer.Option(help="onnx or pt2 (PyTorch's ExportedProgram); by default by the name")] = "",
+    obs: Annotated[
+        list[str] | None, typer.Option(help="dates of a series that a chip has, such as s2=12; once for each layer")
+    ] = None,
+    chip_m: Annotated[float | None, typer.Option(help="side of a chip, metres; by default the model's")] = None,
+    features: Annotated[bool, typer.Option("--features", help="the features, also of a model with a task")] = False,
+    at: At = None,
+) -> None:
+    """A model as one file for other runtimes, checked against the model; predict and embed take it too."""
+    from everysat import exported
+    from everysat.models import weights
+
+    contract = weights.contract_path(model)
+    told = json.loads(contract.read_text(encoding="utf-8")) if contract.is_file() else {}
+    chosen: Any = weights.load_task(model) if told.get("task") and not features else encoder_of(model)
+    if at:
+        encoder, *task = chosen if isinstance(chosen, tuple) else (chosen,)
+        chosen = (encoder.at(**settings_of(at)), *task) if task else encoder.at(**settings_of(at))
+    path = exported.export(chosen, out, to=to, obs=settings_of(obs), chip_m=chip_m)
+    written = json.loads(exported.contract_path(path).read_text(encoding="utf-8"))
+    print(path)
+    print(
+        f"differs from the model by {written['difference']:.2g} of its largest number, on random chips", file=sys.stderr
+    )
+
+
+def _exported(model: str, **given: Any) -> Any:
+    """The mapper of an exported file, which leaves nothing to choose."""
+    from everysat import exported
+
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not go with an exported model: {model} is for certain chips; choose it when exporting"
+            )
+    return exported.load(model)
 
 
 def _on(device: str | None, *networks: Any) -> tuple[Any, ...]:

@@ -74,8 +74,14 @@ class _Samples(fx.Interpreter):
             return super().run_node(n)
         if _schema(n) in _ALONG:
             places = n.args[2] if _schema(n).startswith("aten::index_") else None  # the same of all samples
-            own = {c: self.env[c].expand(size, *self.env[c].shape) for c in n.all_input_nodes if c not in self.many and c is not places}
-            first, axis, *rest = fx.map_arg((*n.args, 0)[: max(2, len(n.args))], lambda c: own[c] if c in own else self.env[c])
+            own = {
+                c: self.env[c].expand(size, *self.env[c].shape)
+                for c in n.all_input_nodes
+                if c not in self.many and c is not places
+            }
+            first, axis, *rest = fx.map_arg(
+                (*n.args, 0)[: max(2, len(n.args))], lambda c: own[c] if c in own else self.env[c]
+            )
             return n.target(first, axis + (axis >= 0), *rest)  # type: ignore[operator]
 
         if _schema(n) == "aten::index_put" and not any(index in self.many for index in n.args[1]):  # type: ignore[union-attr]
@@ -87,7 +93,6 @@ class _Samples(fx.Interpreter):
             return n.target(*args, **kwargs)  # type: ignore[operator]
 
         return torch.func.vmap(one)(*(self.env[node] for node in many))
-
 
     def _put(self, n: fx.Node, size: int) -> Tensor:
         image, indices, values, *rest = self.map_nodes_to_values(n.args, n)  # type: ignore[misc]
@@ -122,7 +127,9 @@ def frozen(function: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str
     from torch.fx.experimental.proxy_tensor import make_fx
 
     tensors, told = [example[name] for name in names], freezing.set(True)
-    single = torch._decomp.get_decompositions([torch.ops.aten.native_group_norm])  # its kernel wants the number of samples
+    single = torch._decomp.get_decompositions(
+        [torch.ops.aten.native_group_norm]
+    )  # its kernel wants the number of samples
     options: dict[str, Any] = {"tracing_mode": "real", "_error_on_data_dependent_ops": False}
     try:
         ordered(*tensors)  # what the network keeps from call to call is kept now, as plain tensors
@@ -209,7 +216,9 @@ class _Folding:
         if node.op in ("placeholder", "output"):
             return
         if node not in self.depends:
-            if isinstance(self.value[node], Tensor) and any(user in self.depends or user.op == "output" for user in node.users):
+            if isinstance(self.value[node], Tensor) and any(
+                user in self.depends or user.op == "output" for user in node.users
+            ):
                 node.replace_all_uses_with(self._constant(self.value[node], node))
             return
         if _schema(node) in _INDEXING:
