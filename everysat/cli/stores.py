@@ -124,6 +124,27 @@ def change(
         print(f"changed: {100 * (found.share or 0):.2f} % above {found.threshold:.4g} ({found.rule})")
 
 
+@app.command()
+def publish(
+    store: AStore,
+    out: Annotated[Path, typer.Option("--out", "-o", help=".json: a STAC item; .tif: a Cloud-Optimized GeoTIFF")],
+    href: Annotated[str | None, typer.Option(help="address of the store in the item; its path by default")] = None,
+    quantiser: Annotated[str | None, typer.Option(help="of the GeoTIFF, such as int8-square/1 or float32/1")] = None,
+) -> None:
+    """What others need to find a store (a STAC item with the emb: extension), or the store as a GeoTIFF."""
+    from everysat.store import open_store, stac_item, write_cog, write_stac
+
+    opened: Any = open_store(store)
+    if out.suffix.lower() in (".tif", ".tiff"):
+        print(write_cog(opened, out, quantiser=quantiser))
+    elif out.suffix.lower() == ".json":
+        if quantiser is not None:
+            raise ValueError("--quantiser is for a GeoTIFF; an item tells the one that the store has")
+        print(write_stac(stac_item(opened, href=href), out))
+    else:
+        raise ValueError(f"--out {out} must end with .json (a STAC item) or .tif")
+
+
 def _example(text: str) -> Any:
     """``LON,LAT`` or a file."""
     numbers = text.split(",")

@@ -134,3 +134,14 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: Any, monkey
     assert "a heat map is of one store" in fails(
         capsys, monkeypatch, "search", *both, "--like", "3.001,45.15", "-o", tmp_path / "h.tif"
     )
+
+
+def test_publish_writes_an_item_or_a_geotiff(folder: Path, tmp_path: Path) -> None:
+    everysat("publish", folder / "y24.zarr", "-o", tmp_path / "item.json", "--href", "https://example.org/y24.zarr")
+    item = json.loads((tmp_path / "item.json").read_text())
+    assert item["assets"]["embeddings"]["href"] == "https://example.org/y24.zarr"
+    everysat("publish", folder / "y24.zarr", "-o", tmp_path / "y24.tif", "--quantiser", "float32/1")
+    with rasterio.open(tmp_path / "y24.tif") as file:
+        assert file.count == 16
+    with pytest.raises(ValueError, match=r"must end with \.json"):
+        everysat("publish", folder / "y24.zarr", "-o", tmp_path / "y24.zip")
