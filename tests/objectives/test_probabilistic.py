@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from layered_encoder import NAMES, LayeredEncoder, layered_batch, of_places
 
 from everysat.models import prommrs
