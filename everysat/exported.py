@@ -440,7 +440,7 @@ def _runner(data: bytes, kind: str) -> Run:
 
 def _onnx_runner(data: bytes) -> Run:
     try:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("ONNX files are run by a further package: pip install 'everysat[export]'") from error
     options = onnxruntime.SessionOptions()

@@ -59,7 +59,7 @@ class _Samples(fx.Interpreter):
         self.many: set[fx.Node] = set()
         """Nodes that differ between samples."""
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: Any) -> Any:
         many = [cause for cause in n.all_input_nodes if cause in self.many]
         if many or n.op == "placeholder":
             self.many.add(n)
@@ -68,7 +68,7 @@ class _Samples(fx.Interpreter):
         size = self.env[many[0]].shape[0]
         if _schema(n) in _IMAGES:  # their own axis of images takes the batch
             image, *rest = (self.map_nodes_to_values(part, n) for part in n.args)
-            found = n.target(image.flatten(0, 1), *rest, **n.kwargs)  # type: ignore[operator]
+            found = n.target(image.flatten(0, 1), *rest, **n.kwargs)
             return fx.node.map_aggregate(found, lambda t: t.unflatten(0, (size, -1)) if t.ndim > 1 else t)
         if _schema(n) in _LAST:
             return super().run_node(n)
@@ -79,30 +79,28 @@ class _Samples(fx.Interpreter):
                 for c in n.all_input_nodes
                 if c not in self.many and c is not places
             }
-            first, axis, *rest = fx.map_arg(
-                (*n.args, 0)[: max(2, len(n.args))], lambda c: own[c] if c in own else self.env[c]
-            )
-            return n.target(first, axis + (axis >= 0), *rest)  # type: ignore[operator]
-
-        if _schema(n) == "aten::index_put" and not any(index in self.many for index in n.args[1]):  # type: ignore[union-attr]
+            given = (*n.args, 0)[: max(2, len(n.args))]
+            first, axis, *rest = fx.map_arg(given, lambda c: own[c] if c in own else self.env[c])
+            return n.target(first, axis + (axis >= 0), *rest)
+        if _schema(n) == "aten::index_put" and not any(index in self.many for index in n.args[1]):
             return self._put(n, size)
 
         def one(*tensors: Tensor) -> Any:
             own = dict(zip(many, tensors, strict=True))
             args, kwargs = fx.map_arg((n.args, n.kwargs), lambda node: own[node] if node in own else self.env[node])
-            return n.target(*args, **kwargs)  # type: ignore[operator]
+            return n.target(*args, **kwargs)
 
         return torch.func.vmap(one)(*(self.env[node] for node in many))
 
-    def _put(self, n: fx.Node, size: int) -> Tensor:
-        image, indices, values, *rest = self.map_nodes_to_values(n.args, n)  # type: ignore[misc]
+    def _put(self, n: Any, size: int) -> Tensor:
+        image, indices, values, *rest = self.map_nodes_to_values(n.args, n)
         if n.args[0] not in self.many:
             image = image.expand(size, *image.shape)
         if n.args[2] in self.many and values.ndim > 1:
             given = [index for index in indices if index is not None]
             shape = max(index.ndim for index in given) + image.ndim - 1 - len(given)
             values = values.reshape(size, *(1,) * (shape - values.ndim + 1), *values.shape[1:])
-        found: Tensor = n.target(image, [None, *indices], values, *rest)  # type: ignore[operator]
+        found: Tensor = n.target(image, [None, *indices], values, *rest)
         return found
 
 
@@ -127,7 +125,7 @@ def frozen(function: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str
     from torch.fx.experimental.proxy_tensor import make_fx
 
     tensors, told = [example[name] for name in names], freezing.set(True)
-    single = torch._decomp.get_decompositions(
+    single: Any = torch._decomp.get_decompositions(
         [torch.ops.aten.native_group_norm]
     )  # its kernel wants the number of samples
     options: dict[str, Any] = {"tracing_mode": "real", "_error_on_data_dependent_ops": False}
@@ -164,6 +162,7 @@ class _Folding:
         self.depends: dict[fx.Node, bool] = {}
         """Nodes that the inputs have a say in; true where numbers have, not only what is valid."""
         self.guards: dict[fx.Node, Tensor] = {}
+        """What must be as in the example, for the graph to hold."""
 
     def folded(self) -> fx.GraphModule:
         graph = self.module.graph
@@ -177,7 +176,7 @@ class _Folding:
         self.module.recompile()
         return self.module
 
-    def _visit(self, node: fx.Node) -> None:
+    def _visit(self, node: Any) -> None:
         if node.op == "placeholder":
             self.depends[node] = self.value[node].dtype != torch.bool
             return
@@ -189,7 +188,7 @@ class _Folding:
                 self._decide(node, cause)
             return
         if _schema(node) in _INDEXING:
-            masks = {n for n in node.args[1] if n is not None and self._is(n, torch.bool)}  # type: ignore[union-attr]
+            masks = {n for n in node.args[1] if n is not None and self._is(n, torch.bool)}
             for mask in masks:
                 if mask in self.depends:
                     self._decide(node, mask)
@@ -211,7 +210,7 @@ class _Folding:
             )
         self.guards[cause] = self.value[cause]
 
-    def _settle(self, node: fx.Node) -> None:
+    def _settle(self, node: Any) -> None:
         """Constants become buffers, masks indices, and views copies where they must."""
         if node.op in ("placeholder", "output"):
             return
@@ -226,7 +225,7 @@ class _Folding:
         elif node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             node.target = torch.ops.aten.reshape.default  # a batch may lie otherwise in memory
         elif _schema(node) in _IDENTICAL:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
 
     def _constant(self, value: Tensor, before: fx.Node) -> fx.Node:
         name = f"constant_{len(self.module._buffers)}"
@@ -236,9 +235,9 @@ class _Folding:
         self.value[node] = value
         return node
 
-    def _index(self, node: fx.Node) -> None:
+    def _index(self, node: Any) -> None:
         picked: list[Any] = []
-        for index in node.args[1]:  # type: ignore[union-attr]
+        for index in node.args[1]:
             value = self.value.get(index) if index is not None else None
             if value is not None and value.dtype == torch.bool:
                 picked += [self._constant(axis, node) for axis in value.nonzero(as_tuple=True)]
