@@ -67,9 +67,12 @@ class _Samples(fx.Interpreter):
             return super().run_node(n)
         size = self.env[many[0]].shape[0]
         if _schema(n) in _IMAGES:  # their own axis of images takes the batch
-            image, *rest = (self.map_nodes_to_values(part, n) for part in n.args)
+            args: Any = self.map_nodes_to_values(n.args, n)
+            image, *rest = args
             found = n.target(image.flatten(0, 1), *rest, **n.kwargs)
-            return fx.node.map_aggregate(found, lambda t: t.unflatten(0, (size, -1)) if t.ndim > 1 else t)
+            parts = found if isinstance(found, tuple) else (found,)
+            parts = tuple(part.unflatten(0, (size, -1)) if part.ndim > 1 else part for part in parts)
+            return parts if isinstance(found, tuple) else parts[0]
         if _schema(n) in _LAST:
             return super().run_node(n)
         if _schema(n) in _ALONG:
@@ -79,21 +82,22 @@ class _Samples(fx.Interpreter):
                 for c in n.all_input_nodes
                 if c not in self.many and c is not places
             }
-            given = (*n.args, 0)[: max(2, len(n.args))]
-            first, axis, *rest = fx.map_arg(given, lambda c: own[c] if c in own else self.env[c])
+            args = fx.map_arg((*n.args, 0)[: max(2, len(n.args))], lambda c: own[c] if c in own else self.env[c])
+            first, axis, *rest = args
             return n.target(first, axis + (axis >= 0), *rest)
         if _schema(n) == "aten::index_put" and not any(index in self.many for index in n.args[1]):
             return self._put(n, size)
 
         def one(*tensors: Tensor) -> Any:
             own = dict(zip(many, tensors, strict=True))
-            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda node: own[node] if node in own else self.env[node])
-            return n.target(*args, **kwargs)
+            given: Any = fx.map_arg((n.args, n.kwargs), lambda node: own[node] if node in own else self.env[node])
+            return n.target(*given[0], **given[1])
 
         return torch.func.vmap(one)(*(self.env[node] for node in many))
 
     def _put(self, n: Any, size: int) -> Tensor:
-        image, indices, values, *rest = self.map_nodes_to_values(n.args, n)
+        args: Any = self.map_nodes_to_values(n.args, n)
+        image, indices, values, *rest = args
         if n.args[0] not in self.many:
             image = image.expand(size, *image.shape)
         if n.args[2] in self.many and values.ndim > 1:
