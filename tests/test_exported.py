@@ -17,10 +17,12 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from simple_encoder import SquareEncoder, image_batch
 from torch import nn
+from typer.testing import CliRunner
 
 from everysat import exported
+from everysat.cli import app
 from everysat.mapping.source import facts_of
-from everysat.models import omnisat
+from everysat.models import omnisat, weights
 from everysat.nn.frozen import frozen
 from everysat.nn.mappers import Dense, Tasked
 from everysat.predict import predict
@@ -53,9 +55,14 @@ def task(model: omnisat.OmniSat) -> classify.Classify:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of each kind: features as pt2, classes as onnx."""
+    """Files of each kind: features as pt2, by the command line, and classes as onnx."""
     path = tmp_path_factory.mktemp("exported")
-    exported.export(encoder(), path / "model.pt2", obs={"s2": 3})
+    weights.save(path / "m.safetensors", encoder())
+    done = CliRunner().invoke(
+        app, ["export", str(path / "m.safetensors"), "--obs", "s2=3", "-o", str(path / "model.pt2")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "differs from the model by" in done.output
     if importlib.util.find_spec("onnxruntime") is not None:
         model = encoder()
         exported.export((model, task(model)), path / "model.onnx", obs={"s2": 3})
@@ -307,3 +314,48 @@ def test_a_frozen_network_holds_or_says_nothing() -> None:
     for row in (0, 2):
         close(found[row], network({"x": x[row], "seen": seen[row]}))
     assert torch.isnan(found[1]).all()
+
+
+def written(folder: Path) -> list[str]:
+    """Three dates of two bands as files, and the options that say what they are."""
+    g, paths = np.random.default_rng(0), []
+    profile = {"driver": "GTiff", "count": 2, "height": 15, "width": 18, "dtype": "float32", "crs": "EPSG:32633"}
+    for name in "abc":
+        paths.append(str(folder / f"{name}.tif"))
+        transform = Affine(10, 0, 600000, 0, -10, 5000000)
+        with rasterio.open(paths[-1], "w", transform=transform, **profile) as file:
+            file.write(g.uniform(1000, 4000, (2, 15, 18)).astype("float32"))
+            file.descriptions = ("B02", "B03")
+    times = [part for day in (3, 9, 27) for part in ("--time", f"2021-05-{day:02d}")]
+    return [*paths, "--sensor", "sentinel-2-l2a", *times, "--quiet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_line_maps_with_a_file_as_with_a_model(folder: Path, tmp_path: Path, kind: str) -> None:
+    given, model = written(tmp_path), encoder()
+    weights.save(tmp_path / "m.safetensors", model, task(model) if kind == "onnx" else None)
+    verb, image = ("predict", "map-probabilities") if kind == "onnx" else ("embed", "map")
+    found = []
+    for number, name in enumerate((folder / f"model.{kind}", tmp_path / "m.safetensors")):
+        (tmp_path / str(number)).mkdir()
+        out = ["-o", str(tmp_path / str(number) / "map.tif"), *(["--probabilities"] if kind == "onnx" else [])]
+        done = CliRunner().invoke(app, [verb, str(name), *given, *out], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        with rasterio.open(tmp_path / str(number) / f"{image}.tif") as file:
+            found.append(file.read())
+    # The last chip of a model with a task reaches beyond the place; that of a file ends with it, and its neighbour fades into it.
+    kept = 8 if kind == "onnx" else None
+    np.testing.assert_allclose(found[0][:, :kept], found[1][:, :kept], atol=1e-3)
+    assert np.isfinite(found[0][:, :14]).all()
+
+
+def test_what_does_not_go_with_a_file_is_said(folder: Path, tmp_path: Path) -> None:
+    given = [*written(tmp_path), "-o", str(tmp_path / "map.tif")]
+    for verb, extra, message in (
+        ("predict", [], "gives features, not a map"),
+        ("embed", ["--chip-m", "120"], "choose it when exporting"),
+        ("embed", ["--at", "patch_m=40"], "choose it when exporting"),
+    ):
+        done = CliRunner().invoke(app, [verb, str(folder / "model.pt2"), *given, *extra])
+        assert isinstance(done.exception, ValueError)
+        assert message in str(done.exception)
