@@ -87,6 +87,11 @@ def run(suite: Suite, *, only: str = "", jobs: int = 1, restart: bool = False, q
     return [found[cell] for cell in every]
 
 
+def finished(suite: Suite) -> list[Result]:
+    """All cells that were computed with the present settings, in the suite's order."""
+    return [done for cell in suite.cells() if (done := read(suite, cell)) is not None]
+
+
 def _one(suite: Suite, cell: Cell, folds: dict[tuple[str, str], list[Fold]] | None = None) -> Result:
     data = suite.datasets[cell.dataset]
     folds = {} if folds is None else folds

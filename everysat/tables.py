@@ -18,10 +18,8 @@ from everysat.table import Table
 def tables(suite: Suite, results: Sequence[Result]) -> list[Table]:
     """One table per dataset: a row a model, modality subset and way, a column a label fraction with mean and 95 % interval of the first score, and
     what it cost. ``=`` marks what is not worse than the best of its modality subset: the interval of the paired difference holds 0."""
-    return [
-        _table(suite, title, data, [r for r in results if r.cell.dataset == title])
-        for title, data in suite.datasets.items()
-    ]
+    of = {title: [r for r in results if r.cell.dataset == title] for title in suite.datasets}
+    return [_table(suite, title, suite.datasets[title], some) for title, some in of.items() if some]
 
 
 COSTS = ("parameters", "features, s", "fitting, s")
@@ -128,7 +126,9 @@ def _seconds(value: Any) -> str:
 def report(suite: Suite, results: Sequence[Result]) -> Report:
     """Tables and pictures on one HTML page."""
     page = Report(suite.title or suite.name, suite.about)
-    for table, (title, data) in zip(tables(suite, results), suite.datasets.items(), strict=True):
+    there = [title for title in suite.datasets if any(result.cell.dataset == title for result in results)]
+    for table, title in zip(tables(suite, results), there, strict=True):
+        data = suite.datasets[title]
         mine = [result for result in results if result.cell.dataset == title and result.evaluations]
         page.add_heading(title)
         page.add_table(replace(table, title=table.title.removeprefix(f"{title}: ")))
@@ -142,9 +142,13 @@ def report(suite: Suite, results: Sequence[Result]) -> Report:
         )
         shares = [labels for labels in data.labels if amount(labels)[0]]
         if len(shares) > 1:
-            lines = {name: _line(scores, shares) for name, scores in rows.items()}
+            first = next(iter(data.modalities))
+            whole = [result for result in mine if result.cell.modalities == first]
+            lines = {_title(r.cell, data): _line(_scores(data, r), shares) for r in whole}
+            ticks = {amount(labels)[0]: labels for labels in shares}
             page.add_figure(
-                curves_figure(lines, x="share of labels", y=_score_name(data, mine), log_x=True), "By share of labels."
+                curves_figure(lines, x="share of labels", y=_score_name(data, mine), log_x=True, ticks=ticks),
+                f"By share of labels: {first}. Bars are standard deviations over draws.",
             )
         _details(page, data, mine)
     page.add_facts(

@@ -159,7 +159,7 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Compare models on datasets, label fractions and sensors: tables, CSV and a report. Interrupted, the same command goes on."""
-    from everysat.bench import run
+    from everysat.bench import finished, run
     from everysat.suite import Suite
     from everysat.tables import COSTS, save, tables
 
@@ -167,7 +167,8 @@ def bench(
     results = run(loaded, only=only, jobs=jobs, restart=restart, quiet=quiet)
     for table in tables(loaded, results):
         show(table.without(*COSTS) if console().width < 140 else table)
-    for path in save(loaded, results):
+    failed = [result for result in results if "error" in result.facts]
+    for path in save(loaded, [*finished(loaded), *failed]):
         print(path)
     _fail_on_errors(results)
 
