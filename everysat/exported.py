@@ -296,6 +296,7 @@ class _Signature:
     def random(self, count: int, seed: int, invalid: float = 0.0) -> dict[str, Tensor]:
         """Chips of random values and dates, a share of the values invalid."""
         g, given = torch.Generator().manual_seed(seed), {}
+        year = torch.randint(0, 3300, (count, 1), generator=g)  # its first day, the same of all layers
         for name, wanted in self.encoder.inputs.items():
             side = round(self.chip_m / wanted.gsd_m)
             shape = (count, self.obs[name], len(wanted.mean), side, side)
@@ -303,8 +304,7 @@ class _Signature:
             given[f"{name}_values"] = mean + std * torch.randn(shape, generator=g)
             given[f"{name}_valid"] = torch.rand(shape, generator=g) >= invalid
             if wanted.dated:
-                day = torch.randint(0, 3650, shape[:2], generator=g).sort(1).values
-                start = 1.45e9 + 86400.0 * day.double()
+                start = 1.45e9 + 86400.0 * (year + torch.randint(0, 360, shape[:2], generator=g)).double()
                 given[f"{name}_time_s"] = torch.stack([start, start + 1], -1)
         return given
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from everysat import exported
 from everysat.cli import app
+from everysat.find import find
 from everysat.mapping.source import facts_of
 from everysat.models import omnisat, weights
 from everysat.nn.frozen import frozen
@@ -314,6 +315,28 @@ def test_a_frozen_network_holds_or_says_nothing() -> None:
     for row in (0, 2):
         close(found[row], network({"x": x[row], "seen": seen[row]}))
     assert torch.isnan(found[1]).all()
+
+
+@pytest.mark.parametrize(("name", "chip_m"), [("anysat/nano", 120.0), ("ramen/nano", 80.0)])
+def test_graphs_of_other_families_say_what_these_say(name: str, chip_m: float) -> None:
+    """Without writing them, which takes long; what is written is the same graph."""
+    module, variant = find("models", name)
+    torch.manual_seed(0)
+    model = module.build(variant).eval()
+    obs = {layer: 2 for layer, wanted in model.inputs.items() if wanted.dated}
+    small = exported._Signature.of(model, None, obs, chip_m)
+    graph = frozen(small.one, {name: tensor[0] for name, tensor in small.random(1, 0).items()})
+    assert exported._difference(lambda given: graph(*given.values()), small) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["galileo/nano", "atomizer/nano"])
+def test_families_that_look_at_dates_or_cannot_be_traced_are_refused(name: str, tmp_path: Path) -> None:
+    module, variant = find("models", name)
+    model = module.build(variant).eval()
+    obs = {layer: 2 for layer, wanted in model.inputs.items() if wanted.dated}
+    with pytest.raises(ContractError, match=r"Use the weights file itself"):
+        exported.export(model, tmp_path / "m.pt2", obs=obs)
+    assert not list(tmp_path.iterdir())
 
 
 def written(folder: Path) -> list[str]:

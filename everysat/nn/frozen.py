@@ -117,7 +117,7 @@ def frozen(function: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str
             example, and where it would be otherwise the output is NaN.
 
     Raises:
-        ContractError: the shape of something hangs on numbers of the input, such as the dates.
+        ContractError: what is done hangs on numbers of the input, such as the dates, or cannot be written as a graph.
     """
     names = list(example)
 
@@ -139,6 +139,10 @@ def frozen(function: Callable[[dict[str, Tensor]], Tensor], example: Mapping[str
             # With mutation taken out, a node has one value, and what is constant stays so.
             pure = dispatch_functionalize(ordered, FunctionalTensorMode())
             graph = make_fx(pure, decomposition_table=single, **options)(*tensors)
+    except RuntimeError as error:  # of the tracer
+        raise ContractError(
+            f"the network cannot be written as one graph ({str(error).splitlines()[0][:200]}). Use the weights file itself"
+        ) from error
     finally:
         freezing.reset(told)
     return Batched(_Folding(graph, tensors).folded())
@@ -209,8 +213,8 @@ class _Folding:
         """The value of ``cause`` decides, at ``node``: it must be that of the example."""
         if self.depends[cause] and not self._is(cause, torch.bool):
             raise ContractError(
-                f"the network looks at numbers of its input to decide what to do ({node.target} at {_where(node)}), which a graph for "
-                "other runtimes cannot. Use the weights file itself"
+                f"the network looks at numbers of its input to decide what to do ({node.target}), which a graph for other "
+                "runtimes cannot. Use the weights file itself"
             )
         self.guards[cause] = self.value[cause]
 
@@ -275,8 +279,3 @@ def _deciding(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
         return False
     return _schema(node) not in _INDEXING and bool(_DECIDING & set(node.target.tags))
-
-
-def _where(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if "everysat" in line]
-    return lines[-1] if lines else node.name
