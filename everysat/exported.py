@@ -112,6 +112,10 @@ def load(path: str | Path) -> Exported:
         raise ContractError(f"{contract_path(path)} is not valid JSON: {error}") from error
     if not isinstance(contract, dict) or contract.get("format") != FORMAT:
         raise ContractError(f"{contract_path(path)} is no contract of the format {FORMAT}")
+    if missing := {"sha256", "kind", "layers", "inputs", "channels", "chip_m", "token_m", "gsd_m", "probabilistic"} - {
+        *contract
+    }:
+        raise ContractError(f"{contract_path(path)} does not say {', '.join(sorted(missing))}; export the model again")
     _session(str(path), contract["sha256"], contract["kind"])
     return Exported(str(path), contract)
 

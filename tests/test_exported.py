@@ -234,6 +234,14 @@ def test_another_file_than_the_contract_says_is_refused(folder: Path, tmp_path: 
     (tmp_path / f"m.{kind}.json").write_text((folder / f"model.{kind}.json").read_text())
     with pytest.raises(ContractError, match="sha256 differs"):
         exported.load(tmp_path / f"m.{kind}")
+    told = json.loads((tmp_path / f"m.{kind}.json").read_text())
+    for content, message in (
+        ({**told, "format": "other/1"}, "no contract of the format"),
+        ({k: v for k, v in told.items() if k != "chip_m"}, "does not say chip_m"),
+    ):
+        (tmp_path / f"m.{kind}.json").write_text(json.dumps(content))
+        with pytest.raises(ContractError, match=message):
+            exported.load(tmp_path / f"m.{kind}")
 
 
 @pytest.mark.parametrize(
