@@ -181,6 +181,10 @@ class _Folding:
         self._guard()
         graph.eliminate_dead_code()
         self.module.delete_all_unused_submodules()
+        used = {node.target for node in graph.nodes if node.op == "get_attr"}
+        for tensors in (self.module._parameters, self.module._buffers):  # constants hold what is needed of the others
+            for name in [name for name in tensors if name not in used]:
+                del tensors[name]
         self.module.recompile()
         return self.module
 
