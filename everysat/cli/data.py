@@ -10,6 +10,7 @@ import typer
 from everysat.cli.options import (
     Files,
     Quiet,
+    Reading,
     Sensor,
     Times,
     Where,
@@ -17,6 +18,7 @@ from everysat.cli.options import (
     encoder_of,
     or_dash,
     place_of,
+    reading_of,
     settings_of,
     show,
 )
@@ -97,6 +99,7 @@ def stats(
     sensor: Sensor = None,
     times: Times = None,
     place: Where = None,
+    reading: Reading = None,
     quiet: Quiet = False,
 ) -> None:
     """Mean and standard deviation of every band over all valid pixels, of files or of a dataset: what normalises a model's input."""
@@ -115,7 +118,8 @@ def stats(
         dataset = Named(name=data, options=options).build("data")
     else:
         where = place_of(place, min((i.gsd_m for i in inputs.values()), default=None) if inputs else None)
-        dataset = Windows(open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs))
+        told = reading_of(reading)
+        dataset = Windows(open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs, **told))
     layers = {
         name: summary.plain(name)
         for name, summary in summarise(dataset, places=places, inputs=inputs, quiet=quiet).items()

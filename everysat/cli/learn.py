@@ -12,6 +12,7 @@ from everysat.cli.options import (
     Model,
     Period,
     Quiet,
+    Reading,
     Sensor,
     Settings,
     Source,
@@ -69,6 +70,7 @@ def evaluate(
     place: Where = None,
     period: Period = None,
     source: Source = None,
+    reading: Reading = None,
     at: At = None,
     quiet: Quiet = False,
 ) -> None:
@@ -88,7 +90,7 @@ def evaluate(
         raise ValueError("give --labels (a file of polygons) and --column, or the name of a dataset in place of files")
     table = polygons.compare(
         {Path(model).stem: encoder},
-        scene_of(files, encoder, sensor, times, place, period, source).read(),
+        scene_of(files, encoder, sensor, times, place, period, source, reading).read(),
         labels,
         column,
         fractions=[float(part) for part in fractions.split(",")],

@@ -16,6 +16,7 @@ from everysat.cli.options import (
     Model,
     Period,
     Quiet,
+    Reading,
     Sensor,
     Source,
     Times,
@@ -52,6 +53,7 @@ def predict(
     place: Where = None,
     period: Period = None,
     source: Source = None,
+    reading: Reading = None,
     at: At = None,
     window_m: WindowM = None,
     blend: Blend = False,
@@ -69,16 +71,16 @@ def predict(
         mapper: Any = _exported(model, labels=labels, gsd_m=gsd_m, at=at)
         if not mapper.probabilistic and mapper.names[0] == "feature 0":
             raise ValueError(f"{model} gives features, not a map: use everysat embed, or export a model with a task")
-        scene = scene_of(files, mapper, sensor, times, place, period, source)
+        scene = scene_of(files, mapper, sensor, times, place, period, source, reading)
     elif labels is None:
         encoder, task = weights.load_task(model)
         mapper = polygons.task_mapper(*_on(device, encoder, task))
-        scene = scene_of(files, encoder, sensor, times, place, period, source)
+        scene = scene_of(files, encoder, sensor, times, place, period, source, reading)
     else:
         if column is None:
             raise ValueError("--labels needs --column, the attribute that holds the class")
         (encoder,) = _on(device, encoder_of(model, at))
-        scene = scene_of(files, encoder, sensor, times, place, period, source)
+        scene = scene_of(files, encoder, sensor, times, place, period, source, reading)
         mapper = polygons.probe_mapper(encoder, scene, labels, column, gsd_m=gsd_m, shifts=shifts)
     options = {"window_m": window_m, "blend": blend, "min_valid": min_valid, "workers": workers, "cluster": cluster}
     _run(mapper, scene, out, probabilities=probabilities, quiet=quiet, **options)
@@ -94,6 +96,7 @@ def embed(
     place: Where = None,
     period: Period = None,
     source: Source = None,
+    reading: Reading = None,
     at: At = None,
     chip_m: Annotated[
         float | None, typer.Option(help="side of a chip, metres; by default what the model learned on")
@@ -122,7 +125,7 @@ def embed(
         encoder: Any = _exported(model, chip_m=chip_m, at=at)
     else:
         (encoder,) = _on(device, encoder_of(model, at))
-    scene = scene_of(files, encoder, sensor, times, place, period, source)
+    scene = scene_of(files, encoder, sensor, times, place, period, source, reading)
     if exported.is_exported(model):
         mapper: Any = encoder
     elif out.suffix.lower() == ".parquet":

@@ -35,6 +35,12 @@ Settings = Annotated[
 At = Annotated[
     list[str] | None, typer.Option("--at", help="choose a setting of the model, such as patch_m=20 or output=dense")
 ]
+Reading = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="what files do not tell: processing_baseline=N0400, stored=physical, nodata=0, crs=EPSG:32633, order=[B04,B08]"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
 
@@ -59,6 +65,7 @@ def scene_of(
     place: str | None,
     period: str | None,
     source: str | None,
+    reading: list[str] | None = None,
 ) -> Any:
     """Files over a place, or without files what a source has of a place in a period."""
     from everysat.io import read
@@ -68,13 +75,31 @@ def scene_of(
     if files:
         if period or source:
             raise ValueError("give either files, or --period and --source of a --place, not both")
-        return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs)
+        told = reading_of(reading)
+        return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs, **told)
     if where is None:
         raise ValueError("give files, or a --place and a --period")
-    if sensor or times:
-        raise ValueError("--sensor and --time are for files: the source of a --place knows them")
+    if sensor or times or reading:
+        raise ValueError("--sensor, --time and --reading are for files: the source of a --place knows them")
     when = tuple(period.split("/")) if period and "/" in period else period
     return read.open_scene(where, when, inputs, source=source)
+
+
+READING = ("processing_baseline", "stored", "nodata", "crs", "order")
+
+
+def reading_of(given: list[str] | None) -> dict[str, Any]:
+    """What ``--reading`` says."""
+    from everysat.find import suggest
+
+    found = settings_of(given)
+    for name in found:
+        if name not in READING:
+            raise ValueError(f"--reading {name}: {suggest(name, READING)}")
+    baseline = found.get("processing_baseline")
+    if isinstance(baseline, float):  # YAML takes 04.00 for a number
+        found["processing_baseline"] = f"{baseline:05.2f}"
+    return found
 
 
 def place_of(place: str | None, gsd_m: float | None) -> Any:

@@ -153,7 +153,7 @@ def _baseline(plane: Plane, sensor: Sensor, band: Band, baseline: str | None) ->
         return labels.baseline_offset(sensor, found)
     advice = (
         f"{plane.source}: the processing baseline is unknown, and from {min(sensor.baseline_offsets)} on the digital numbers of {sensor.name} "
-        "carry an offset. Give processing_baseline='04.00' or what the product says, or '00.00' where the offset was removed"
+        "carry an offset. Give processing_baseline='04.00' (--reading processing_baseline=04.00) or what the product says, or '00.00' where the offset was removed"
     )
     if plane.time is None:
         warnings.warn(f"{advice}. Read as if there were no offset", stacklevel=8)

@@ -289,7 +289,13 @@ def test_the_command_line_embeds_a_place(tmp_path, make):
     assert done.exit_code == 0, done.output
     with rasterio.open(tmp_path / "x.tif") as file:
         assert np.isfinite(file.read(1)).any()
+    files = [str(path) for path in sorted(tmp_path.rglob("S2_20240603_B*.tif"))]
+    alone = [*files, "--sensor", "sentinel-2-l2a", "--time", "2024-06-03"]
+    assert "--reading processing_baseline" in str(run(*alone).exception)
+    done = run(*alone, "--reading", "processing_baseline=05.09")
+    assert done.exit_code == 0, done.exception
     for arguments, message in (
+        ([*alone, "--reading", "baseline=4"], "--reading baseline"),
         (where, "period: collection s2 has dates"),
         ([], "give files, or a --place and a --period"),
         (["a.tif", *where], "either files, or --period and --source"),
