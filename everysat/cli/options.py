@@ -16,7 +16,7 @@ AnyFiles = Annotated[
 Model = Annotated[str, typer.Argument(help="a saved model (.safetensors), or a name such as omnisat/treesat")]
 Sensor = Annotated[str | None, typer.Option(help="name or .toml of the files' sensor, where they do not tell")]
 Times = Annotated[
-    list[str] | None, typer.Option("--time", help="date of each file, where they do not tell (2024-05-31)")
+    list[str] | None, typer.Option("--time", help="date of each file, or of all, where they do not tell (2024-05-31)")
 ]
 Where = Annotated[
     str | None,
@@ -75,8 +75,8 @@ def scene_of(
     if files:
         if period or source:
             raise ValueError("give either files, or --period and --source of a --place, not both")
-        told = reading_of(reading)
-        return read.open_scene(files, sensor=sensor, place=where, times=times or None, inputs=inputs, **told)
+        when: Any = times[0] if times and len(times) == 1 else times or None  # one date is that of all files
+        return read.open_scene(files, sensor=sensor, place=where, times=when, inputs=inputs, **reading_of(reading))
     if where is None:
         raise ValueError("give files, or a --place and a --period")
     if sensor or times or reading:
