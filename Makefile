@@ -54,6 +54,10 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.ramen scaling
 	$(BIN)/python -m benchmarks.atomizer speed
 	$(BIN)/python -m benchmarks.atomizer scaling
+	$(BIN)/python -m benchmarks.maps
+	$(BIN)/python -m benchmarks.search
+	$(BIN)/everysat demo --short --out demo/short
+	$(BIN)/python -m benchmarks.quantisers
 
 clean:
 	rm -rf .venv build dist site demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

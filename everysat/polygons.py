@@ -276,7 +276,9 @@ def _sampled_by_windows(features: Dense, ground: Source, source: Any, column: st
         labels = replace(labels, label=torch.where(own, labels.label, -1))
         if (labels.label >= 0).any():
             some = sampled(features, batch, labels)[0]
-            position = torch.tensor(vector.load_frame(frame, place).index.to_numpy())  # burn counts those near the window
+            position = torch.tensor(
+                vector.load_frame(frame, place).index.to_numpy()
+            )  # burn counts those near the window
             found.append(replace(some, group=position[some.group]))
     if not found:
         return Samples(torch.zeros(0, 1), torch.zeros(0).long(), torch.zeros(0).long(), ())

@@ -49,7 +49,9 @@ def day_number(time_s: Tensor, origin: float | None) -> Tensor:
     days = (middle / 86400.0).floor() + 719468.0  # since 1 March of the year 0
     era = (days / 146097.0).floor()
     of_era = days - 146097.0 * era
-    year = ((of_era - (of_era / 1460.0).floor() + (of_era / 36524.0).floor() - (of_era / 146096.0).floor()) / 365.0).floor()
+    year = (
+        (of_era - (of_era / 1460.0).floor() + (of_era / 36524.0).floor() - (of_era / 146096.0).floor()) / 365.0
+    ).floor()
     of_year = of_era - (365.0 * year + (year / 4.0).floor() - (year / 100.0).floor())
     whole = 400.0 * era + year
     leap = (whole % 4.0 == 0) & ((whole % 100.0 != 0) | (whole % 400.0 == 0))
