@@ -57,7 +57,7 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.maps
 	$(BIN)/python -m benchmarks.search
 	$(BIN)/everysat demo --short --out demo/short
-	$(BIN)/python -m benchmarks.quantisers
+	$(BIN)/python -m benchmarks.quantisers demo/short/pretraining/weights.safetensors
 
 clean:
 	rm -rf .venv build dist site demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,7 +10,7 @@ OmniSat with random weights, whose tokens of 40 m go into an int8 store. All are
 - ``bare``: the encoder on chips that lie ready in memory, without reading, cutting, joining or writing: the better of one
   thread for each core on batches of its own, and all threads on each batch.
 - ``whole``: ``predict`` from files to a finished store.
-- ``workers``: the same by one and by two processes of Ray; their start, which takes seconds, is not counted.
+- ``workers``: windows by one and by two processes of Ray, from the moment when each has computed its first: their start takes seconds.
 - ``memory``: largest resident memory above that of a process that has imported everything, for 1, 4 and 16 times an area, in windows of
   1280 m, so that the smallest has enough of them to fill all queues, and with GDAL's cache of blocks held at 32 MB: it is full (at 256 MB
   by default) only after larger areas.
@@ -102,19 +102,13 @@ def workers(folder: Path, side: int) -> dict[str, Any]:
 
 def one(case: dict[str, Any]) -> dict[str, Any]:
     """One measurement in this process."""
-    from everysat.mapping import workers as executors
-
     folder, side = Path(case["folder"]), case["side"]
     encoder, mapper = network()
     if case["way"].startswith("bare"):
         return {"pixels_per_s": side * side / bare(encoder, folder, side, case["way"])}
     out = folder / f"{case['way']}-{side}.zarr"
     if case["way"] == "workers":
-        with executors.cluster(None, case["workers"]) as ray:
-            warm = ray.remote(_import).options(num_cpus=1)
-            ray.get([warm.remote() for _ in range(case["workers"])])
-            seconds = whole(mapper, folder, side, out, workers=case["workers"], cluster="local")
-        return {"pixels_per_s": side * side / seconds}
+        return {"pixels_per_s": fleet(mapper, folder, side, case["workers"])}
     _import()
     window_m = WINDOW_M
     if case["way"] == "memory":
@@ -122,6 +116,23 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     whole(mapper, folder, side, folder / "warm.zarr", side=128)
     _, facts = measuring.timed(lambda: whole(mapper, folder, side, out, window_m=window_m))
     return {"pixels_per_s": side * side / facts["seconds"], **facts}
+
+
+def fleet(mapper: Any, folder: Path, side: int, count: int) -> float:
+    """Pixels a second that ``count`` processes of Ray compute once each of them has computed one window."""
+    from everysat.mapping.source import open_source
+    from everysat.mapping.workers import Work, on_ray
+    from everysat.predict import plan_of
+
+    source = open_source(opened(folder, side, mapper.encoder), mapper.gsd_m)
+    work = Work(mapper, source, plan_of(mapper, source, WINDOW_M, None, None, False))
+    began, done = 0.0, 0
+    for number, (window, _) in enumerate(on_ray(work, work.plan.windows(), workers=count, address="local"), 1):
+        if number > count:
+            done += (window.core[1] - window.core[0]) * (window.core[3] - window.core[2])
+        elif number == count:
+            began = time.perf_counter()
+    return done * (mapper.gsd_m / 10.0) ** 2 / (time.perf_counter() - began)
 
 
 def _import() -> None:

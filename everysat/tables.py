@@ -19,7 +19,7 @@ def tables(suite: Suite, results: Sequence[Result]) -> list[Table]:
     """One table per dataset: a row a model, modality subset and way, a column a label fraction with mean and 95 % interval of the first score, and
     what it cost. ``=`` marks what is not worse than the best of its modality subset: the interval of the paired difference holds 0."""
     of = {title: [r for r in results if r.cell.dataset == title] for title in suite.datasets}
-    return [_table(suite, title, suite.datasets[title], some) for title, some in of.items() if some]
+    return [_table(suite, title, suite.datasets[title], some) for title, some in of.items() if some or not results]
 
 
 COSTS = ("parameters", "features, s", "fitting, s")
@@ -126,7 +126,7 @@ def _seconds(value: Any) -> str:
 def report(suite: Suite, results: Sequence[Result]) -> Report:
     """Tables and pictures on one HTML page."""
     page = Report(suite.title or suite.name, suite.about)
-    there = [title for title in suite.datasets if any(result.cell.dataset == title for result in results)]
+    there = [title for title in suite.datasets if not results or any(r.cell.dataset == title for r in results)]
     for table, title in zip(tables(suite, results), there, strict=True):
         data = suite.datasets[title]
         mine = [result for result in results if result.cell.dataset == title and result.evaluations]

