@@ -233,7 +233,8 @@ def cluster(address: str | None, workers: int | None) -> Iterator[Any]:
                 raise ImportError(f"cluster={address!r} needs more of Ray: pip install 'ray[client]'") from error
             except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
                 raise ConnectionError(
-                    f"cluster={address!r} does not answer ({error}). Is it running (ray status), and is the port that of its client server?"
+                    f"cluster={address!r} does not answer ({error}). Is it running (ray status), and is the port that of its client server? If it asks "
+                    "for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` says there"
                 ) from error
     try:
         yield ray
