@@ -16,6 +16,7 @@ from torch import Tensor
 from everysat.find import suggest
 from everysat.nn.forest import fit_forest
 from everysat.nn.probe import fit_labels, fit_linear, fit_neighbours, fit_ridge
+from everysat.nn.risk import risk_coverage
 from everysat.nn.scores import (
     KINDS,
     calibration_error,
@@ -23,7 +24,6 @@ from everysat.nn.scores import (
     label_counts,
     moments,
     reliability,
-    risk_coverage,
 )
 from everysat.progress import Progress
 from everysat.table import Table
@@ -189,12 +189,13 @@ class Evaluation:
         """Over the test samples of all draws: ``error`` (expected calibration error), the ``reliability`` curve (mean
         confidence, accuracy, share), the ``risk_coverage`` curve (coverage, risk) and the area ``risk_area`` under it."""
         confidence, correct = torch.cat(self.confidence), torch.cat(self.correct)
-        coverage, risk, area = risk_coverage(confidence, correct)
+        curve = risk_coverage(confidence, 1.0 - correct.double())
+        steps = torch.linspace(1 / 101, 1, 101)
         return {
             "error": calibration_error(confidence, correct, bins),
             "reliability": reliability(confidence, correct, bins),
-            "risk_coverage": (coverage, risk),
-            "risk_area": area,
+            "risk_coverage": (steps, torch.tensor([curve.at(float(share)) for share in steps])),
+            "risk_area": curve.aurc,
         }
 
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+from everysat.nn.location import cartesian
 
 Split = dict[str, np.ndarray]
 """Indices by part, such as ``{"train": ..., "val": ..., "test": ...}``, each sorted."""
@@ -122,8 +125,8 @@ def refuse_leaks(footprints: Sequence[Any], split: Split) -> None:
 
 def unit_sphere_m(lonlat: np.ndarray) -> np.ndarray:
     """Points [n, 3] in metres whose distances are about those on the ground up to some 1000 km: the Earth as a ball of 6371 km."""
-    lon, lat = np.radians(np.asarray(lonlat, dtype=float)).T
-    return 6.371e6 * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+    points: np.ndarray = cartesian(torch.as_tensor(lonlat, dtype=torch.float64)).numpy()
+    return 6.371e6 * points
 
 
 def autocorrelation_range_m(

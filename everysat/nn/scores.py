@@ -197,16 +197,3 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
     """Expected calibration error: mean of |accuracy - confidence| over equal slices of confidence, weighted by their samples."""
     said, true, share = reliability(confidence, correct, bins)
     return float((torch.nan_to_num((said - true).abs()) * share).sum())
-
-
-def risk_coverage(confidence: Tensor, correct: Tensor, points: int = 101) -> tuple[Tensor, Tensor, float]:
-    """Error rate among the most confident share of samples.
-
-    Returns:
-        coverage and risk [points], and the area under the curve over all samples (lower is better).
-    """
-    wrong = 1 - correct.double()[confidence.argsort(descending=True, stable=True)]
-    risk = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
-    coverage = torch.linspace(1 / points, 1, points)
-    at = (coverage * len(wrong)).ceil().long().clamp(1, len(wrong)) - 1
-    return coverage, risk[at], float(risk.mean())

@@ -17,7 +17,6 @@ from everysat.nn.scores import (
     label_counts,
     moments,
     reliability,
-    risk_coverage,
 )
 
 
@@ -82,16 +81,6 @@ def test_reliability_by_hand():
     assert said.tolist() == pytest.approx([0.1, 0.9])
     assert true.tolist() == pytest.approx([0, 2 / 3])
     assert share.tolist() == [0.25, 0.75]
-
-
-def test_risk_falls_with_coverage_when_confidence_is_right():
-    correct = torch.tensor([1, 1, 1, 0])
-    coverage, risk, area = risk_coverage(torch.tensor([0.9, 0.8, 0.7, 0.2]), correct, points=4)
-    assert risk.tolist() == [0, 0, 0, 0.25]
-    assert coverage.tolist() == [0.25, 0.5, 0.75, 1]
-    worse = risk_coverage(torch.tensor([0.1, 0.2, 0.3, 0.9]), correct)[2]
-    assert area == pytest.approx(0.0625)
-    assert worse > area
 
 
 def test_scores_of_several_labels_equal_scikit_learn(generator):
