@@ -37,6 +37,8 @@ from torch import Tensor
 
 from everysat.find import suggest
 from everysat.io.output import replacing
+from everysat.models.weights import contract_path as contract_path
+from everysat.models.weights import read_contract
 from everysat.nn.dense import dense_features, shifted
 from everysat.nn.frozen import Batched, frozen
 from everysat.nn.grid import grid_shape
@@ -103,26 +105,13 @@ def load(path: str | Path) -> Exported:
         ImportError: packages are missing.
     """
     path = Path(path)
-    for file in (path, contract_path(path)):
-        if not file.is_file():
-            raise FileNotFoundError(f"no file {file}. An exported model is two files, NAME and NAME.json")
-    try:
-        contract = json.loads(contract_path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ContractError(f"{contract_path(path)} is not valid JSON: {error}") from error
-    if not isinstance(contract, dict) or contract.get("format") != FORMAT:
-        raise ContractError(f"{contract_path(path)} is no contract of the format {FORMAT}")
+    contract = read_contract(path, FORMAT, "An exported model is two files, NAME and NAME.json")
     if missing := {"sha256", "kind", "layers", "inputs", "channels", "chip_m", "token_m", "gsd_m", "probabilistic"} - {
         *contract
     }:
         raise ContractError(f"{contract_path(path)} does not say {', '.join(sorted(missing))}; export the model again")
     _session(str(path), contract["sha256"], contract["kind"])
     return Exported(str(path), contract)
-
-
-def contract_path(path: str | Path) -> Path:
-    """Where the contract of an exported file lies."""
-    return Path(f"{path}.json")
 
 
 def is_exported(name: str | Path) -> bool:

@@ -248,6 +248,24 @@ def contract_path(path: str | Path) -> Path:
     return Path(f"{path}.json")
 
 
+def read_contract(path: Path, form: str, pair: str) -> dict[str, Any]:
+    """The contract beside ``path``, of the format ``form``; ``pair`` says which two files there should be.
+
+    Raises:
+        FileNotFoundError: one of the two is missing. ContractError: it is no such contract.
+    """
+    for file in (path, contract_path(path)):
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {file}. {pair}")
+    try:
+        contract = json.loads(contract_path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ContractError(f"{contract_path(path)} is not valid JSON: {error}") from error
+    if not isinstance(contract, dict) or contract.get("format") != form:
+        raise ContractError(f"{contract_path(path)} is no contract of the format {form}")
+    return contract
+
+
 def _encoder(
     path: Path, state: Mapping[str, Tensor], contract: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Encoder:
@@ -314,17 +332,7 @@ def _same_inputs(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and contract of a weights file, checked against each other."""
-    for file in (path, contract_path(path)):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"no file {file}. Weights are two files, NAME.safetensors and NAME.safetensors.json"
-            )
-    try:
-        contract = json.loads(contract_path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ContractError(f"{contract_path(path)} is not valid JSON: {error}") from error
-    if not isinstance(contract, dict) or contract.get("format") != FORMAT:
-        raise ContractError(f"{contract_path(path)} is no contract of the format {FORMAT}")
+    contract = read_contract(path, FORMAT, "Weights are two files, NAME.safetensors and NAME.safetensors.json")
     if contract.get("sha256") != _sha256(path):
         raise ContractError(
             f"{path} is not the file that its contract describes (sha256 differs): damaged, or mixed up"
