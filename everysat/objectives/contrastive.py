@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from everysat.nn.contrast import info_nce as info_nce
+from everysat.nn.contrast import over_pairs
 from everysat.nn.draws import uniform
 from everysat.nn.gather import gather_rows, global_mean, row_offset, world
 from everysat.nn.ragged import ordinal
@@ -71,16 +73,6 @@ def mil_nce(
         return global_mean(denominator - numerator)
 
 
-def info_nce(a: Tensor, b: Tensor, *, tau: float | Tensor = 0.07) -> Tensor:
-    """Symmetric InfoNCE (CLIP): row i of ``a`` [n, dim] belongs to row i of ``b``, all other rows of both are negatives."""
-    with torch.autocast(a.device.type, enabled=False):
-        a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
-        (every_a, start), (every_b, _) = gather_rows(a), gather_rows(b)
-        own = start + torch.arange(len(a), device=a.device)
-        losses = [F.cross_entropy(q @ k.T / tau, own, reduction="none") for q, k in ((a, every_b), (b, every_a))]
-        return global_mean(torch.cat(losses))
-
-
 class ContrastivePretraining(Objective):
     """Symmetric InfoNCE between the tokens that two modalities have of the same ground, averaged over all pairs of modalities
     that the batch has (CLIP, Radford et al. 2021, between patches in place of images).
@@ -117,10 +109,7 @@ class ContrastivePretraining(Objective):
             both = slot[(slot[:, a] >= 0) & (slot[:, b] >= 0)]
             losses.append(info_nce(tokens.x[both[:, a]], tokens.x[both[:, b]], tau=1.0 / scale))
             counts.append(len(both))
-        every, _ = gather_rows(torch.tensor([counts], device=tokens.x.device))
-        there = (every.sum(0) > 0).to(tokens.x.dtype)
-        loss = (torch.stack(losses) * there).sum() / there.sum().clamp(min=1)
-        return {"loss": loss, "tau": (1.0 / scale).detach()}
+        return {"loss": over_pairs(losses, counts), "tau": (1.0 / scale).detach()}
 
     def _drawn(self, encoder: Encoder, tokens: Tokens, generator: torch.Generator) -> Tensor:
         """Numbers of the tokens of drawn cells, int64 [cell, modality]; -1 where a modality has none."""

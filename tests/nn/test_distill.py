@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from everysat.objectives.distill import (
+from everysat.nn.distill import (
     TERMS,
     Disentangling,
+    Parts,
     feature_distillation,
     logit_distillation,
     modality_loss,
@@ -79,22 +80,23 @@ def test_no_gradient_reaches_a_teacher(generator) -> None:
         feature_distillation(student[:, :2], teacher)
 
 
-def vectors(generator, counts, width=6):
-    given = {n: tuple(torch.randn(2, k, width, generator=generator).unbind(0)) for n, k in counts.items()}
-    return given, {n: torch.randint(3, (k,), generator=generator) for n, k in counts.items()}
+def made_parts(generator, counts, dim=4):
+    return {n: Parts(*torch.rand(3, k, dim, generator=generator).unbind(0)) for n, k in counts.items()}
+
+
+ZERO = torch.zeros(())
 
 
 def test_terms_are_those_of_the_paper(generator) -> None:
     torch.manual_seed(0)
-    model = Disentangling(["rgb", "sar"], 6, 3, dim=4, weights={"modality": 0.5}).eval()
-    given, labels = vectors(generator, {"rgb": 5, "sar": 5})
-    terms = model(given, labels)
-    p = {n: model.parts(n, *given[n]) for n in given}
+    model = Disentangling(["rgb", "sar"], 4, weights={"modality": 0.5})
+    p = made_parts(generator, {"rgb": 5, "sar": 5})
+    terms = model(p, torch.tensor(2.0), torch.tensor(3.0))
     number = torch.tensor([0] * 5 + [1] * 5)
     cos = F.cosine_similarity
     expected = {
-        "task": sum(F.cross_entropy(model.heads[n](torch.cat([p[n].invariant, p[n].informative], 1)), labels[n]) for n in p) / 2,
-        "auxiliary": sum(F.cross_entropy(model.auxiliary(x), labels[n]) for n in p for x in (p[n].invariant, p[n].informative)) / 4,
+        "task": torch.tensor(2.0),
+        "auxiliary": torch.tensor(3.0),
         "modality": (
             F.cross_entropy(model.of_informative(torch.cat([p[n].informative for n in p])), number)
             + F.cross_entropy(model.of_irrelevant(torch.cat([p[n].irrelevant for n in p])), number)
@@ -109,54 +111,62 @@ def test_terms_are_those_of_the_paper(generator) -> None:
     torch.testing.assert_close(terms["loss"], total)
 
 
-def test_the_adversary_learns_what_the_encoder_unlearns(generator) -> None:
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_the_adversary_learns_what_the_encoder_unlearns(generator, hidden) -> None:
     """The discriminator goes down the loss, what it reads goes up."""
     torch.manual_seed(0)
     only = {name: float(name == "invariance") for name in TERMS}
-    model = Disentangling(["rgb", "sar"], 6, 3, dim=4, weights=only)
-    given, labels = vectors(generator, {"rgb": 30, "sar": 30})
-    loss = model(given, labels)["loss"]
-    loss.backward()
+    model = Disentangling(["rgb", "sar"], 4, weights=only, hidden=hidden)
+    net = nn.Linear(6, 4)
+    x = torch.randn(60, 6, generator=generator)
+
+    def loss():
+        invariant = net(x)
+        parts = {n: Parts(*[part] * 3) for n, part in zip(("rgb", "sar"), invariant.chunk(2), strict=True)}
+        return model(parts, ZERO, ZERO)["loss"]
+
+    before = loss()
+    before.backward()
 
     def moved(parameters):
-        before = [p.detach().clone() for p in parameters]
+        kept = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             for p in parameters:
                 p -= 1e-2 * p.grad
-        after = model(given, labels)["loss"].item()
+        after = loss().item()
         with torch.no_grad():
-            for p, old in zip(parameters, before, strict=True):
+            for p, old in zip(parameters, kept, strict=True):
                 p.copy_(old)
         return after
 
-    assert moved(list(model.discriminator.parameters())) < loss.item()
-    assert moved(list(model.invariant.parameters())) > loss.item()
+    assert moved(list(model.discriminator.parameters())) < before.item()
+    assert moved(list(net.parameters())) > before.item()
 
 
 def test_unpaired_samples_and_absent_modalities(generator) -> None:
-    model = Disentangling(["rgb", "sar", "dem"], 6, 3, dim=4)
-    given, labels = vectors(generator, {"rgb": 7, "sar": 4})
-    assert torch.isfinite(model(given, labels)["loss"])
-    assert model.logits("sar", *given["sar"]).shape == (4, 3)
-    contrast = Disentangling(["rgb", "sar", "dem"], 6, 3, dim=4, invariance="contrastive")
+    names = ["rgb", "sar", "dem"]
+    parts = made_parts(generator, {"rgb": 7, "sar": 4})
+    assert torch.isfinite(Disentangling(names, 4)(parts, ZERO, ZERO)["loss"])
+    contrast = Disentangling(names, 4, invariance="contrastive")
     with pytest.raises(ValueError, match="of one place"):
-        contrast(given, labels)
-    alone = {"rgb": given["rgb"]}
-    assert contrast(alone, labels)["invariance"].item() == 0
+        contrast(parts, ZERO, ZERO)
+    assert contrast({"rgb": parts["rgb"]}, ZERO, ZERO)["invariance"].item() == 0
 
 
 def test_contrast_pulls_the_same_place_together(generator) -> None:
-    torch.manual_seed(0)
-    model = Disentangling(["a", "b"], 6, 3, dim=16, invariance="contrastive").eval()
-    model.invariant["b"] = model.invariant["a"]
-    given, labels = vectors(generator, {"a": 8, "b": 8})
-    given["b"] = given["a"]
-    same = model(given, labels)["invariance"]
-    given["b"] = tuple(x.flip(0) for x in given["a"])
-    assert same < model(given, labels)["invariance"]
+    model = Disentangling(["a", "b"], 16, invariance="contrastive")
+    one = Parts(*torch.rand(3, 8, 16, generator=generator).unbind(0))
+    same = model({"a": one, "b": one}, ZERO, ZERO)["invariance"]
+    turned = one[torch.arange(7, -1, -1)]
+    assert same < model({"a": one, "b": turned}, ZERO, ZERO)["invariance"]
+    told = torch.stack([torch.arange(8), torch.arange(7, -1, -1)], 1)
+    torch.testing.assert_close(model({"a": one, "b": turned}, ZERO, ZERO, told)["invariance"], same)
+    alone = torch.cat([told[:3], torch.tensor([[3, -1], [-1, 0]])])
+    few = model({"a": one, "b": turned}, ZERO, ZERO, alone)["invariance"]
+    torch.testing.assert_close(few, model({"a": one[told[:3, 0]], "b": turned[told[:3, 1]]}, ZERO, ZERO)["invariance"])
 
 
-def test_what_does_not_fit_is_refused(generator) -> None:
+def test_what_does_not_fit_is_refused() -> None:
     for arguments, error, words in (
         ({"modalities": ["a"]}, ValueError, "two or more"),
         ({"modalities": ["a", "b", "c"], "released": True}, ValueError, "two modalities"),
@@ -164,68 +174,6 @@ def test_what_does_not_fit_is_refused(generator) -> None:
         ({"weights": {"modal": 1.0}}, LookupError, "Did you mean modality"),
     ):
         with pytest.raises(error, match=words):
-            Disentangling(**{"modalities": ["a", "b"], "width": 4, "classes": 2, **arguments})
-    model = Disentangling(["rgb", "sar"], 6, 3, dim=4)
-    with pytest.raises(LookupError, match="Did you mean sar"):
-        model.logits("sat", torch.zeros(2, 6), torch.zeros(2, 6))
-    with pytest.raises(ValueError, match="vectors is empty"):
-        model({}, {})
-
-
-def made(places, generator):
-    """Two modalities: a class that both see, one that only the first sees, and an offset that tells which modality it is."""
-    common, own = torch.randint(2, (2, places), generator=generator)
-    x = {}
-    for i, name in enumerate(("a", "b")):
-        columns = [2 * common - 1, (2 * own - 1) * (i == 0), torch.full((places,), 4 * i - 2)]
-        x[name] = torch.stack(columns, 1) + 0.3 * torch.randn(places, 3, generator=generator)
-    return x, common + 2 * own
-
-
-@pytest.fixture(scope="module")
-def trained():
-    found = {}
-    for released in (False, True):
-        generator = torch.Generator().manual_seed(0)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            nets = nn.ModuleDict(
-                {n: nn.ModuleList(nn.Sequential(nn.Linear(3, 32), nn.ReLU()) for _ in range(2)) for n in "ab"}
-            )
-            model = Disentangling(["a", "b"], 32, 4, dim=16, released=released)
-        optimizer = torch.optim.Adam([*nets.parameters(), *model.parameters()], lr=3e-3)
-        for _ in range(200):
-            x, label = made(128, generator)
-            loss = model({n: tuple(net(x[n]) for net in nets[n]) for n in "ab"}, {"a": label, "b": label})["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        found[released] = (nets.eval(), model.eval())
-    return found
-
-
-def told(trained, released, part) -> float:
-    """Accuracy of a fresh linear probe that tells the modality from a part."""
-    nets, model = trained[released]
-    xs = []
-    for seed in (5, 6):
-        x, _ = made(400, torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            xs.append(torch.cat([getattr(model.parts(n, *(net(x[n]) for net in nets[n])), part) for n in "ab"]))
-    y = torch.tensor([-1.0] * 400 + [1.0] * 400)
-    ones = torch.ones(800, 1)
-    weight = torch.linalg.lstsq(torch.cat([xs[0], ones], 1), y[:, None], driver="gelsd").solution
-    return float(((torch.cat([xs[1], ones], 1) @ weight)[:, 0].sign() == y).float().mean())
-
-
-def test_each_modality_runs_alone(trained) -> None:
-    nets, model = trained[False]
-    x, label = made(1000, torch.Generator().manual_seed(9))
-    right = {n: (model.logits(n, *(net(x[n]) for net in nets[n])).argmax(1) == label).float().mean() for n in "ab"}
-    assert right["a"] > 0.95
-    assert 0.4 < right["b"] < 0.6  # it sees one of the two classes
-
-
-def test_specific_parts_tell_the_modality(trained) -> None:
-    assert told(trained, False, "informative") > 0.95
-    assert told(trained, False, "irrelevant") > 0.95
+            Disentangling(**{"modalities": ["a", "b"], "dim": 4, **arguments})
+    with pytest.raises(ValueError, match="parts is empty"):
+        Disentangling(["rgb", "sar"], 4)({}, ZERO, ZERO)

@@ -8,13 +8,13 @@ Machine Learning 2025) has any number of modalities and contrasts invariant part
 
 The released script of DisCoM-KD makes targets of floats, all ones or all zeros, where the number of the modality was meant: a cross-entropy then pulls
 one modality to even odds and ignores the other, so nothing is told apart. Here they are numbers; ``released`` gives the script's losses. Beside that, plain
-distillation of logits and of features.
+distillation of logits and of features. Encoders are in :mod:`everysat.models.students`, what trains them in :mod:`everysat.tasks.distill`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everysat.find import suggest
-from everysat.objectives.contrastive import info_nce
+from everysat.nn.contrast import info_nce, over_pairs
+from everysat.nn.gather import global_mean
+from everysat.types import Features
 
 TERMS = ("task", "auxiliary", "modality", "invariance", "orthogonality")
 
@@ -49,16 +51,17 @@ def modality_loss(logits: Tensor, modality: Tensor, *, released: bool = False) -
     """Cross-entropy of ``logits`` [n, modality] against the number of the modality, int64 [n]. ``released``: the script's, whose target is that number
     in both columns, of two modalities."""
     if not released:
-        return F.cross_entropy(logits, modality)
+        return global_mean(F.cross_entropy(logits, modality, reduction="none"))
     if logits.shape[1] != 2:
         raise ValueError(f"released=True is for two modalities, there are {logits.shape[1]}")
-    return F.cross_entropy(logits, modality[:, None].expand_as(logits).to(logits.dtype))
+    soft = modality[:, None].expand_as(logits).to(logits.dtype)
+    return global_mean(F.cross_entropy(logits, soft, reduction="none"))
 
 
 def orthogonality(a: Tensor, b: Tensor, *, released: bool = False) -> Tensor:
     """Mean squared cosine of vectors [n, dim]. ``released``: mean cosine, whose least value is not 0 but -1 unless all numbers are positive."""
     cosine = F.cosine_similarity(a, b, dim=-1)
-    return cosine.mean() if released else cosine.square().mean()
+    return global_mean(cosine if released else cosine.square())
 
 
 def logit_distillation(
@@ -71,12 +74,11 @@ def logit_distillation(
     student, teacher = student / temperature, teacher.detach() / temperature
     if multilabel:
         p = teacher.sigmoid()
-        own = F.binary_cross_entropy_with_logits(teacher, p)
-        return (F.binary_cross_entropy_with_logits(student, p) - own) * temperature**2
-    return (
-        F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
-        * temperature**2
-    )
+        own = F.binary_cross_entropy_with_logits(teacher, p, reduction="none")
+        each = F.binary_cross_entropy_with_logits(student, p, reduction="none") - own
+    else:
+        each = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return global_mean(each) * temperature**2
 
 
 def feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
         raise ValueError(
             f"features have shapes {list(student.shape)} and {list(teacher.shape)}: project the student's to the teacher's width"
         )
-    return (1 - F.cosine_similarity(student, teacher.detach(), dim=-1)).mean()
+    return global_mean(1 - F.cosine_similarity(student, teacher.detach(), dim=-1))
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,37 @@ class Parts:
         """What the classifier of the modality reads."""
         return torch.cat([self.invariant, self.informative], -1)
 
+    def __getitem__(self, keep: Tensor) -> Parts:
+        return Parts(self.invariant[keep], self.informative[keep], self.irrelevant[keep])
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What one modality says: its useful ``features``, and of which parts they are made, of ``cells`` (one for each token of the features) and of
+    ``places`` (zeros where it was not ``observed``, bool [row])."""
+
+    features: Features
+    cells: Parts
+    places: Parts
+    observed: Tensor
+
+
+@dataclass(frozen=True)
+class Witnessed(Features):
+    """Features of several modalities together, and what ``each`` says by itself, by name."""
+
+    each: Mapping[str, Witness] = field(default_factory=dict)
+
 
 class Disentangling(nn.Module):
-    """Heads and losses on what two encoders of each modality give.
+    """Losses on the parts that modalities are made of. What labels cost, from a modality's useful parts and from each of them by the head that all share,
+    comes from the task.
 
     Args:
-        modalities: names. width: of the vectors, of both kinds of encoders. classes: number of logits.
-        dim: of each part.
-        invariance: ``adversarial``, or ``contrastive``, for which sample i of all modalities must be of one place.
+        modalities: names. dim: of each part.
+        invariance: ``adversarial``, or ``contrastive``, for which some places must have several modalities.
         tau: temperature of the contrast. strength: of the reversed gradient.
-        multilabel: several classes at once, labels are 0 and 1 [n, class].
+        hidden: width of a hidden layer of the adversary; 0 for a linear one, as published.
         released: the released script's losses, see the module's text.
         weights: of :data:`TERMS`, 1 where not given.
     """
@@ -118,14 +141,12 @@ class Disentangling(nn.Module):
     def __init__(
         self,
         modalities: Sequence[str],
-        width: int,
-        classes: int,
+        dim: int,
         *,
-        dim: int = 256,
         invariance: Literal["adversarial", "contrastive"] = "adversarial",
         tau: float = 0.1,
         strength: float = 1.0,
-        multilabel: bool = False,
+        hidden: int = 0,
         released: bool = False,
         weights: Mapping[str, float] | None = None,
     ) -> None:
@@ -142,54 +163,43 @@ class Disentangling(nn.Module):
             if name not in TERMS:
                 raise LookupError(f"weights name the term {name!r}. {suggest(name, TERMS)}")
         self.modalities, self.invariance, self.tau, self.strength = tuple(modalities), invariance, tau, strength
-        self.multilabel, self.released = multilabel, released
-        self.weights = {**dict.fromkeys(TERMS, 1.0), **(weights or {})}
-        self.invariant = nn.ModuleDict({name: _projection(width, dim) for name in modalities})
-        self.specific = nn.ModuleDict({name: _projection(width, 2 * dim) for name in modalities})
-        self.heads = nn.ModuleDict({name: nn.Linear(2 * dim, classes) for name in modalities})
-        self.auxiliary = nn.Linear(dim, classes)
-        self.discriminator, self.of_informative, self.of_irrelevant = (
-            nn.Linear(dim, len(modalities)) for _ in range(3)
+        self.released, self.weights = released, {**dict.fromkeys(TERMS, 1.0), **(weights or {})}
+        count = len(modalities)
+        self.of_informative, self.of_irrelevant = nn.Linear(dim, count), nn.Linear(dim, count)
+        if invariance == "adversarial":
+            layers = (
+                [nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, count)] if hidden else [nn.Linear(dim, count)]
+            )
+            self.discriminator = nn.Sequential(*layers)
+
+    def forward(
+        self, parts: Mapping[str, Parts], task: Tensor, auxiliary: Tensor, same: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """``{"loss": ..., each term}``.
+
+        Args:
+            parts: of each modality; numbers of samples may differ, and those that a step lacks are left out.
+            task, auxiliary: what labels cost.
+            same: for the contrast, the samples of one place (or cell), int64 [n, modality], -1 where there is none. By default sample i of all modalities is
+                of one place.
+        """
+        if not parts:
+            raise ValueError("parts is empty: a step needs samples of at least one modality")
+        own, other = (
+            torch.cat(some)
+            for some in zip(
+                *((p.informative, x) for p in parts.values() for x in (p.irrelevant, p.invariant)), strict=True
+            )
         )
-
-    def parts(self, name: str, invariant: Tensor, specific: Tensor) -> Parts:
-        """Of vectors [n, width] of the two encoders of a modality."""
-        if name not in self.modalities:
-            raise LookupError(f"no modality is called {name!r}. {suggest(name, self.modalities)}")
-        return Parts(self.invariant[name](invariant), *self.specific[name](specific).chunk(2, -1))
-
-    def logits(self, name: str, invariant: Tensor, specific: Tensor) -> Tensor:
-        """What the classifier of one modality says, from that modality alone: [n, class]."""
-        useful = self.parts(name, invariant, specific).useful
-        said: Tensor = self.heads[name](useful)
-        return said
-
-    def forward(self, vectors: Mapping[str, tuple[Tensor, Tensor]], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``{"loss": ..., each term}`` of vectors (invariant, specific) [n, width] of each modality and its own labels. Modalities may have different
-        numbers of samples; those that a step lacks are left out."""
-        if not vectors:
-            raise ValueError("vectors is empty: a step needs samples of at least one modality")
-        parts = {name: self.parts(name, *both) for name, both in vectors.items()}
         terms = {
-            "task": _mean(self._cost(self.heads[n](p.useful), labels[n]) for n, p in parts.items()),
-            "auxiliary": _mean(
-                self._cost(self.auxiliary(x), labels[n]) for n, p in parts.items() for x in (p.invariant, p.informative)
-            ),
+            "task": task,
+            "auxiliary": auxiliary,
             "modality": self._modality(parts),
-            "invariance": self._invariance(parts),
-            "orthogonality": _mean(
-                orthogonality(p.informative, other, released=self.released)
-                for p in parts.values()
-                for other in (p.irrelevant, p.invariant)
-            ),
+            "invariance": self._adversary(parts) if self.invariance == "adversarial" else self._contrast(parts, same),
+            "orthogonality": orthogonality(own, other, released=self.released),
         }
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
-
-    def _cost(self, logits: Tensor, label: Tensor) -> Tensor:
-        if self.multilabel:
-            return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype))
-        return F.cross_entropy(logits, label)
 
     def _numbers(self, parts: Mapping[str, Parts]) -> Tensor:
         each = [
@@ -203,24 +213,28 @@ class Disentangling(nn.Module):
         logits.append(self.of_irrelevant(torch.cat([p.irrelevant for p in parts.values()])))
         return modality_loss(torch.cat(logits), self._numbers(parts).repeat(2), released=self.released)
 
-    def _invariance(self, parts: Mapping[str, Parts]) -> Tensor:
-        if self.invariance == "adversarial":
-            together = torch.cat([p.invariant for p in parts.values()])
-            said = self.discriminator(reverse_gradient(together, self.strength))
-            return modality_loss(said, self._numbers(parts), released=self.released)
-        if len({len(p.invariant) for p in parts.values()}) > 1:
-            raise ValueError(
-                "invariance='contrastive' needs sample i of all modalities to be of one place: their numbers differ; use 'adversarial'"
-            )
-        pairs = list(combinations(parts.values(), 2))
-        if not pairs:
-            return next(iter(parts.values())).invariant.sum() * 0
-        return _mean(info_nce(a.invariant, b.invariant, tau=self.tau) for a, b in pairs)
+    def _adversary(self, parts: Mapping[str, Parts]) -> Tensor:
+        together = torch.cat([p.invariant for p in parts.values()])
+        said = self.discriminator(reverse_gradient(together, self.strength))
+        return modality_loss(said, self._numbers(parts), released=self.released)
 
-
-def _projection(width: int, dim: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, dim), nn.BatchNorm1d(dim), nn.ReLU())
-
-
-def _mean(terms: Any) -> Tensor:
-    return torch.stack(list(terms)).mean()
+    def _contrast(self, parts: Mapping[str, Parts], same: Tensor | None) -> Tensor:
+        x = next(iter(parts.values())).invariant
+        if same is None:
+            if len({len(p.invariant) for p in parts.values()}) > 1:
+                raise ValueError(
+                    "invariance='contrastive' needs to know which samples are of one place (same), or sample i of all modalities to be: their "
+                    "numbers differ; otherwise use 'adversarial'"
+                )
+            there = torch.tensor([name in parts for name in self.modalities], device=x.device)
+            same = torch.where(there, torch.arange(len(x), device=x.device)[:, None], -1)
+        losses, counts = [], []
+        for a, b in combinations(range(len(self.modalities)), 2):  # also those that only other processes have
+            both = same[(same[:, a] >= 0) & (same[:, b] >= 0)]
+            pair = [
+                parts[self.modalities[m]].invariant[both[:, m]] if self.modalities[m] in parts else x[:0]
+                for m in (a, b)
+            ]
+            losses.append(info_nce(*pair, tau=self.tau))
+            counts.append(len(both))
+        return over_pairs(losses, counts)
