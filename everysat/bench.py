@@ -80,7 +80,7 @@ def run(suite: Suite, *, only: str = "", jobs: int = 1, restart: bool = False, q
                     found[cell] = result
                     bar.advance(note=str(cell))
         else:
-            folds: dict[tuple[str, str], list[Fold]] = {}
+            folds: dict[str, list[Fold]] = {}
             for cell in waiting:
                 found[cell] = _one(suite, cell, folds)
                 bar.advance(note=str(cell))
@@ -92,17 +92,16 @@ def finished(suite: Suite) -> list[Result]:
     return [done for cell in suite.cells() if (done := read(suite, cell)) is not None]
 
 
-def _one(suite: Suite, cell: Cell, folds: dict[tuple[str, str], list[Fold]] | None = None) -> Result:
+def _one(suite: Suite, cell: Cell, folds: dict[str, list[Fold]] | None = None) -> Result:
     data = suite.datasets[cell.dataset]
     folds = {} if folds is None else folds
     start = time.perf_counter()
     try:
-        shown = [cell.modalities, suite.models[cell.model].trained_on or cell.modalities]
-        for title in shown:
-            if (cell.dataset, title) not in folds:
-                layers = tuple(data.modalities[title])
-                folds[cell.dataset, title] = [Fold(data, i, layers) for i in range(len(data.folds))]
-        result = _computed(suite, cell, *(folds[cell.dataset, title] for title in shown))
+        shown = [cell.modalities, suite.models[cell.model].trained_on or data.whole(cell.modalities)]
+        if cell.dataset not in folds:
+            folds[cell.dataset] = [Fold(data, i) for i in range(len(data.folds))]
+        result = _computed(suite, cell, *([fold.showing(title) for fold in folds[cell.dataset]] for title in shown))
+        result = replace(result, facts={**result.facts, "ground": folds[cell.dataset][0].ground})
     except Exception as error:  # a cell that cannot be is a result, and the message says why
         facts = {"error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - start}
         result = Result(cell, {}, facts)
@@ -141,7 +140,6 @@ def _computed(suite: Suite, cell: Cell, folds: list[Fold], taught: list[Fold]) -
         "seconds_fitting": fitted[0],
         "samples": {name: sum(len(fold.labelled[name]) for fold in folds) for name in data.parts},
         "places": {name: sum(len(fold.parts[name]) for fold in folds) for name in data.parts},
-        "ground": folds[0].ground(),
     }
     return Result(cell, evaluations, facts)
 
@@ -177,7 +175,7 @@ def _pretrained(suite: Suite, cell: Cell, fold: int) -> Path:
     asked = (
         key(repr((data.options, data.folds[fold], row.model, row.pretrain))) % 16**8
     )  # another recipe, another folder
-    name = f"{cell.dataset}-{cell.model}-{row.trained_on or cell.modalities}-{fold}-{asked:08x}"
+    name = f"{cell.dataset}-{cell.model}-{row.trained_on or data.whole(cell.modalities)}-{fold}-{asked:08x}"
     return suite.folder / "pretrained" / name.replace(" ", "_").replace("/", "_")
 
 
@@ -265,7 +263,9 @@ def _finetuning(
     data, row = suite.datasets[cell.dataset], suite.models[cell.model]
     assert row.model is not None
     numbers = iter(range(len(draws)))
-    called = replace(cell, modalities=row.trained_on or cell.modalities).file
+    called = replace(
+        cell, model="", modalities=row.trained_on or data.whole(cell.modalities)
+    ).file  # rows that train alike share it
 
     def how(draw: Draw) -> Tensor:
         number = next(numbers)
@@ -298,7 +298,9 @@ def _finetuning(
             data=[Subset(Kept(taught[number // suite.seeds].parts["train"]), indices)],
             quiet=True,
         )
-        return _predicted(run.encoder, run.objective, fold.parts["test"], fold.labelled["test"], samples.kind)  # type: ignore[arg-type]
+        assert isinstance(run.objective, Task)
+        encoder = run.encoder.at(**row.at)
+        return _predicted(encoder, run.objective, fold.parts["test"], fold.labelled["test"], samples.kind)
 
     return how
 
@@ -342,7 +344,11 @@ def _task(data: Data, kind: str, labelled: Labelled, row: Contender, train: Tens
         options |= {"classes": _classes(labelled), "multilabel": kind == "labels"}
     if data.level == "pixel":
         options |= {"gsd_m": labelled.gsd_m}
-    return {"name": f"{what}/{data.level}", "options": {**options, **row.finetune.get("task", {}).get("options", {})}}
+    more = row.finetune.get("task", {})
+    if "name" not in more:
+        return {"name": f"{what}/{data.level}", "options": {**options, **more.get("options", {})}}
+    about = {"name": f"{what}/{data.level}", "options": options}  # a task about a task
+    return {"name": more["name"], "options": {"task": about, **more.get("options", {})}}
 
 
 def _classes(labelled: Labelled) -> Any:
@@ -380,15 +386,17 @@ def _predicted(encoder: Encoder, task: Task, part: Part, labelled: Labelled, kin
 def _asked(suite: Suite, cell: Cell) -> dict[str, Any]:
     """All that the result of a cell depends on."""
     row, data = suite.models[cell.model], suite.datasets[cell.dataset]
-    unused = {"leaks"} | (set() if data.pairs else {"pairs"})  # what changes nothing does not part results
+    unused = {"leaks", "disturbed"} | (set() if data.pairs else {"pairs"})  # what changes nothing does not part results
     plain = {name for name, usual in (("pool", "summary"), ("trained_on", "")) if getattr(row, name) == usual}
     asked: dict[str, Any] = {
         "cell": [cell.dataset, cell.model, cell.modalities, cell.how],
         "data": data.model_dump(mode="json", exclude={"published", "about", "score", "modalities"} | unused),
-        "shown": data.modalities[cell.modalities],
+        "shown": list(data.shown(cell.modalities)),
         "row": row.model_dump(mode="json", exclude={"note", "how", "only", "datasets"} | plain),
         "seeds": suite.seeds,
     }
+    wrong = data.disturbed.get(cell.modalities)
+    asked |= {"disturbed": wrong.model_dump()} if wrong else {}
     return asked | ({"finetune": suite.finetune} if cell.how == "finetune" else {})
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,18 @@ class Labelled:
         return len(self.label)
 
 
+class Shelf(dict[int, Batch]):
+    """Places that were read, as long as there is room for them."""
+
+    room = KEPT
+
+    def offer(self, index: int, place: Batch) -> None:
+        size = sum(layer.values.numel() for layer in place.layers.values() if isinstance(layer, Raster))
+        if size <= self.room and all(isinstance(layer, Raster) for layer in place.layers.values()):
+            self[index] = place
+            self.room -= size
+
+
 @dataclass
 class Part:
     """Places of a dataset of which some layers are shown, ``layers`` (all but the target if empty). ``pairs``: layers of two times by the name
@@ -62,8 +74,7 @@ class Part:
     seed: int = 0
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     _hash: str = field(default="", repr=False)
-    _kept: dict[int, Batch] = field(default_factory=dict, repr=False)
-    _room: int = field(default=KEPT, repr=False)
+    _kept: Shelf = field(default_factory=Shelf, repr=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,11 +84,12 @@ class Part:
         if index in self._kept:
             return self._kept[index]
         place = self.dataset[index]
-        size = sum(layer.values.numel() for layer in place.layers.values() if isinstance(layer, Raster))
-        if size <= self._room and all(isinstance(layer, Raster) for layer in place.layers.values()):
-            self._kept[index] = place
-            self._room -= size
+        self._kept.offer(index, place)
         return place
+
+    def showing(self, layers: tuple[str, ...]) -> Part:
+        """The same places with other layers shown; what was read is shared."""
+        return replace(self, layers=layers)
 
     def shown(self, place: Batch) -> Batch:
         """What a model may see of a place."""

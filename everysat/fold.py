@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 
 import numpy as np
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from everysat.data import leakage
 from everysat.data.catalogue import dataset
+from everysat.data.disturbed import Disturbed
 from everysat.data.split import autocorrelation_range_m, label_fraction, unit_sphere_m
+from everysat.data.statistics import band_statistics
 from everysat.evaluate import Draw
 from everysat.features import Labelled, Part
 from everysat.nn.draws import stream
 from everysat.recipe import RecipeError
-from everysat.suite import Data, amount
+from everysat.suite import Data, Disturbance, amount
 from everysat.types import Raster
 
 PARTS = ("train", "val", "test")
@@ -30,23 +33,34 @@ class Leak(ValueError):
 class Fold:
     """One split of a dataset: its parts, and what is labelled in them."""
 
-    def __init__(self, data: Data, number: int, shown: tuple[str, ...] = ()) -> None:
+    def __init__(self, data: Data, number: int) -> None:
         options = dict(data.options)
         if data.folds[number] is not None:
             options[data.fold_option] = data.folds[number]
-        self.parts = {
-            part: Part(
-                dataset(data.name, **options, **{data.part_option: name}),
-                data.target,
-                shown,
-                data.per_place,
-                pairs=data.pairs,
-            )
-            for part, name in data.parts.items()
-        }
+        self.data, self.number = data, number
+        of = {part: dataset(data.name, **options, **{data.part_option: name}) for part, name in data.parts.items()}
+        self.parts = {part: Part(one, data.target, (), data.per_place, pairs=data.pairs) for part, one in of.items()}
         self.offset = number * len(PARTS) * STRIDE
         if not data.leaks:
             self.refuse_leaks()
+
+    def showing(self, title: str) -> Fold:
+        """The same split as the modality subset of that title shows it; what was read, and the labels, are shared."""
+        twin = copy.copy(self)
+        twin.__dict__["labelled"] = self.labelled
+        twin.parts = {name: part.showing(self.data.shown(title)) for name, part in self.parts.items()}
+        if title in self.data.disturbed:
+            twin.parts["test"] = twin._disturbed(self.data.disturbed[title])
+        return twin
+
+    def _disturbed(self, wrong: Disturbance) -> Part:
+        """The part that tests, disturbed; noise is measured by training places."""
+        data, train, test = self.data, self.parts["train"], self.parts["test"]
+        moments = band_statistics(train.dataset, train.layers or None, places=256)
+        settings = wrong.model_dump(exclude={"of"})
+        std = {name: std for name, (_, std) in moments.items() if name != data.target}
+        dataset = Disturbed(test.dataset, std=std, seed=self.number, **settings)
+        return Part(dataset, data.target, test.layers, data.per_place, pairs=data.pairs)
 
     @cached_property
     def labelled(self) -> dict[str, Labelled]:
@@ -77,7 +91,7 @@ class Fold:
 
     def refuse_leaks(self) -> None:
         """Raises:
-        Leak: a place that trains or chooses shares ground, or a layer that is shown, with one that tests.
+        Leak: a place that trains or chooses shares ground, or an image, with one that tests.
         """
         names = [name for name in PARTS if name in self.parts]
         of = [(name, index) for name in names for index in range(len(self.parts[name]))]
@@ -105,6 +119,7 @@ class Fold:
                 "check; or say leaks: true for the dataset, and why in its about"
             )
 
+    @cached_property
     def ground(self) -> dict[str, float]:
         """``correlated_m``: how far the labels of training places are alike, see :func:`autocorrelation_range_m`; ``apart_m``: the median distance of a
         test place to the nearest training place. Empty where it is not known where places lie, or of few places."""

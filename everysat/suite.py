@@ -19,6 +19,15 @@ HOW = ("probe", "knn", "forest", "finetune")
 ALL = "100%"
 
 
+class Disturbance(Strict):
+    """What is wrong with the places that test, see :class:`everysat.data.disturbed.Disturbed`; ``of`` is the title of the modality subset that is disturbed."""
+
+    of: str = "all"
+    how: Literal["missing", "noise"]
+    share: float = Field(default=0.3, gt=0, le=1)
+    deviations: float = Field(default=3.0, gt=0)
+
+
 class Data(Named):
     """A dataset of a suite.
 
@@ -31,6 +40,7 @@ class Data(Named):
         pairs: layers before and after by the name under which a model is shown either, such as ``{rgb: [before, after]}``: features are how those
             of after differ from those of before, and how much; fine-tuning is that of change.
         modalities: layers that are shown, by title; empty for all.
+        disturbed: modality subsets, by titles of their own, that are shown whole while training and disturbed in tests.
         labels: which labels train: ``10%`` of each class, ``5/class``. score: the first is what models are compared by.
         gsd_m: of a dense output. published: figures from papers, ``{model, score, value, source}``, printed beside ours.
         leaks: whether parts may share ground or pixels; by default such a dataset is refused. about: what it is, and how it is split, in a sentence or two.
@@ -45,6 +55,7 @@ class Data(Named):
     per_place: int = Field(default=100, ge=1)
     pairs: dict[str, tuple[str, str]] = {}
     modalities: dict[str, list[str]] = {"all": []}
+    disturbed: dict[str, Disturbance] = {}
     labels: list[str] = [ALL]
     score: list[str] = ["macro_f1", "accuracy", "micro_f1", "r2", "rmse"]
     published: list[dict[str, Any]] = []
@@ -57,6 +68,28 @@ class Data(Named):
         for label in labels:
             amount(label)
         return labels
+
+    @model_validator(mode="after")
+    def _disturbs_what_is_there(self) -> Data:
+        for title, wrong in self.disturbed.items():
+            if wrong.of not in self.modalities or title in self.modalities:
+                raise ValueError(
+                    f"disturbed.{title}: of={wrong.of!r} must be one of {', '.join(self.modalities)}, and the title a new one"
+                )
+        return self
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Of all modality subsets, whole and disturbed."""
+        return (*self.modalities, *self.disturbed)
+
+    def shown(self, title: str) -> tuple[str, ...]:
+        """Layers of a modality subset; empty for all."""
+        return tuple(self.modalities[self.whole(title)])
+
+    def whole(self, title: str) -> str:
+        """The modality subset that a title disturbs; itself if it does not."""
+        return self.disturbed[title].of if title in self.disturbed else title
 
     @model_validator(mode="after")
     def _has_parts(self) -> Data:
@@ -163,7 +196,7 @@ class Suite(Strict):
             for name, row in self.models.items():
                 if row.datasets and title not in row.datasets:
                     continue
-                for shown in data.modalities:
+                for shown in data.titles:
                     if row.only and shown not in row.only:
                         continue
                     for how in row.how or self.how:

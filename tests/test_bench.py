@@ -351,7 +351,7 @@ def test_a_split_that_leaks_is_refused(tmp_path):
     allowed = suite(tmp_path / "ben", tmp_path / "out", {"bands": {"baseline": "bands"}}, leaks=True, **options)
     (result,) = bench.run(allowed, quiet=True)
     assert "error" not in result.facts
-    assert bench.Fold(allowed.datasets["set"], 0).ground() == {}, "too few places for a range"
+    assert bench.Fold(allowed.datasets["set"], 0).ground == {}, "too few places for a range"
 
 
 def test_a_table_says_how_far_apart_the_parts_lie(tmp_path):
@@ -377,3 +377,42 @@ def test_weights_are_found_by_the_name_they_are_installed_under(tmp_path, crops,
     (result,) = bench.run(asked, quiet=True)
     assert "error" not in result.facts, result.facts
     assert result.facts["parameters"] == sum(p.numel() for p in encoder.parameters())
+
+
+def test_disturbed_tests_share_the_trained_model_and_change_only_the_tests(tmp_path):
+    fuel_moisture.fake(tmp_path / "fuel")
+    row = {
+        "model": {"name": "omnisat/", "statistics": "data", "options": SMALL, "probabilistic": {"dim": 8}},
+        "how": ["finetune"],
+        "trained_on": "all",
+        "finetune": {"task": {"name": "probabilistic", "options": {"samples": 2}}},
+    }
+    asked = suite(
+        tmp_path / "fuel",
+        tmp_path / "out",
+        {"product": row, "mean": {**row, "at": {"fusion": "mean"}}, "statistics": {"baseline": "statistics"}},
+        name="fuel_moisture",
+        folds=[0],
+        labels=["100%"],
+        score=["rmse"],
+        modalities={"all": [], "s2": ["s2"]},
+        disturbed={"noise": {"how": "noise", "share": 1.0}, "gone": {"of": "all", "how": "missing", "share": 0.4}},
+    )
+    asked = asked.model_copy(update={"seeds": 1, "finetune": {"steps": 2, "batch_size": 4, "lr": 1e-3}})
+    results = bench.run(asked, quiet=True)
+    assert [str(r.cell) for r in results][:4] == [
+        f"set / product / {t} / finetune" for t in ("all", "s2", "noise", "gone")
+    ]
+    assert not [r.facts["error"] for r in results if "error" in r.facts]
+    rmse = {(r.cell.model, r.cell.modalities): r.evaluations["100%"].score("rmse").mean for r in results}
+    assert len(set(rmse.values())) == len(rmse), "each title, and each fusion, tells something else"
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1, "one training for two fusions and four titles"
+    assert all(r.facts["samples"] == results[0].facts["samples"] for r in results)
+    fold = bench.Fold(asked.datasets["set"], 0)
+    train, test = (fold.showing("noise").parts[name].place(0) for name in ("train", "test"))
+    whole = fold.parts["test"].place(0)
+    assert torch.equal(train.raster("s2").values, fold.parts["train"].place(0).raster("s2").values)
+    assert not torch.equal(test.raster("s2").values, whole.raster("s2").values)
+    assert torch.equal(test.raster("label").values, whole.raster("label").values)
+    with pytest.raises(RecipeError, match="must be one of all"):
+        suite(tmp_path, tmp_path, disturbed={"x": {"of": "s3", "how": "noise"}})
