@@ -16,6 +16,7 @@ LAYERS = (
     ("types",),
     ("io", "nn"),
     ("data", "models", "objectives", "tasks", "baselines"),
+    ("collect",),
     ("recipe", "manifest", "checkpoint", "logbook"),
     ("suite",),
     ("optimizer", "trainee"),

