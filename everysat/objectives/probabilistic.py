@@ -11,7 +11,6 @@ so that variance learns what an unreliable input looks like. All sets of the mod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everysat.find import suggest
+from everysat.nn.corruption import corrupted, standard_normal
 from everysat.nn.draws import uniform
 from everysat.nn.gather import gather_rows, global_mean, row_offset
 from everysat.nn.gaussian import Gaussian, containment, divergence, expected_match
 from everysat.nn.ragged import ordinal
-from everysat.types import Batch, Encoder, Input, Objective, Raster
+from everysat.types import Batch, Encoder, Objective
 
 LEVELS = ("cell", "place")
 
@@ -57,45 +57,6 @@ def two_sets(there: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     first = 1 + (noise[:, 0] * (count - 1)).long()
     second = 1 + (noise[:, 1] * (count - first)).long()
     return order < first[:, None], (order >= first[:, None]) & (order < (first + second)[:, None])
-
-
-def corrupted(batch: Batch, inputs: Mapping[str, Input], share: float, generator: torch.Generator) -> Batch:
-    """The batch with white noise added to all observations that a ``share`` of places has of each layer; layers are drawn independently. Its deviation
-    is 0.5 to 3 times that of the band: of the contract, or of the batch where the contract lists no such layer."""
-    layers, offset = dict(batch.layers), row_offset(len(batch))
-    for name in sorted(batch.layers):
-        layer = batch.layers[name]
-        drawn = uniform(generator, torch.arange(len(batch)) + offset, torch.tensor(0))
-        strength = 0.5 + 2.5 * uniform(generator, torch.arange(len(batch)) + offset, torch.tensor(1))
-        if not isinstance(layer, Raster) or layer.sensor.kind == "classes" or not share:
-            continue
-        chosen = (drawn < share).to(layer.row.device)[layer.row]
-        noise = _normal(
-            generator, layer.row.cpu(), layer.values[0].numel() if len(layer.row) else 0, offset, len(batch)
-        )
-        noise = (
-            noise.to(layer.values).view(layer.values.shape) * strength.to(layer.values)[layer.row][:, None, None, None]
-        )
-        scale = _deviation(layer, inputs.get(name))[:, None, None]
-        layers[name] = replace(
-            layer, values=torch.where(chosen[:, None, None, None], layer.values + scale * noise, layer.values)
-        )
-    return replace(batch, layers=layers)
-
-
-def _deviation(layer: Raster, wanted: Input | None) -> Tensor:
-    """Of each band of a layer, [band]."""
-    known = {} if wanted is None else dict(zip(wanted.sensor.names, wanted.std, strict=True))
-    there = [layer.values[:, i][layer.valid[:, i]] for i in range(layer.values.shape[1])]
-    own = [float(v.std()) if len(v) > 1 else 1.0 for v in there]
-    return layer.values.new_tensor([known.get(name, own[i]) for i, name in enumerate(layer.sensor.names)])
-
-
-def _normal(generator: torch.Generator, row: Tensor, width: int, offset: int, rows: int) -> Tensor:
-    """Standard normal numbers [n, width] that depend on the place, and on the position among what the place has, alone."""
-    index = ordinal(row, rows)[:, None] * width + torch.arange(width)
-    u = uniform(generator, (row + offset)[:, None], index).double()
-    return (math.sqrt(2) * torch.erfinv((2 * u - 1 + 2.0**-24).clamp(-1 + 1e-7, 1 - 1e-7))).float()
 
 
 class ProbabilisticPretraining(Objective):
@@ -183,7 +144,9 @@ class ProbabilisticPretraining(Objective):
         terms["agreement"] = global_mean(disagreement(still.fused(fusion, first), still.fused(fusion, second)))
         terms["inclusion"] = global_mean(F.softplus(-containment(every, a)))
         if self.decoders:
-            z = a.sample(_normal(generator, picked.row.cpu(), a.mean.shape[1], row_offset(rows), rows).to(a.mean))
+            z = a.sample(
+                standard_normal(generator, picked.row.cpu(), a.mean.shape[1], row_offset(rows), rows).to(a.mean)
+            )
             withheld = there & ~first
             decoders: Any = self.decoders[level]
             costs = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everysat.find import find
+from everysat.nn.corruption import corrupted
 from everysat.nn.gaussian import Gaussian, divergence
 from everysat.types import Batch, Encoder, Features, Raster, Task, Tokens
 
@@ -41,6 +42,12 @@ class Probabilistic(Task):
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The loss of the task on one sample of the features, and ``prior``, their divergence from N(0, 1) per dimension (Alemi et al. 2017)."""
         sampled: Any = _Sampled(encoder, generator)
+        if self.config["corruption"]:
+            seen = encoder.known(batch.without(self.target))
+            batch = replace(
+                batch,
+                layers={**batch.layers, **corrupted(seen, encoder.inputs, self.config["corruption"], generator).layers},
+            )
         terms = self.task(sampled, batch, generator)
         prior = sampled.divergence
         return {**terms, "loss": terms["loss"] + self.config["prior"] * prior, "prior": prior.detach()}
@@ -106,6 +113,7 @@ def build(
     task: Mapping[str, Any],
     samples: int = 8,
     prior: float = 1e-3,
+    corruption: float = 0.0,
     gsd_m: float | None = None,
 ) -> Probabilistic:
     """A task on a probabilistic encoder.
@@ -114,6 +122,7 @@ def build(
         task: ``{"name": "classify/place", "options": {...}}``, what is to be predicted.
         samples: of the features, that a prediction is averaged over; even, each with its mirror image.
         prior: weight of the features' divergence from N(0, 1).
+        corruption: share of the training places whose layer is full of noise, of each layer, see :func:`everysat.nn.corruption.corrupted`.
         gsd_m: pixel of the target; that of the task's own options.
 
     Raises:
@@ -127,8 +136,10 @@ def build(
         raise ValueError(
             f"task probabilistic is for Gaussian features, {encoder.family} gives none: set model.probabilistic to true"
         )
-    if samples < 2 or samples % 2 or prior < 0:
-        raise ValueError(f"samples={samples} must be even, 2 or more, and prior={prior} not negative")
+    if samples < 2 or samples % 2 or prior < 0 or not 0 <= corruption < 1:
+        raise ValueError(
+            f"samples={samples} must be even, 2 or more, prior={prior} not negative, and corruption={corruption} at least 0 and below 1"
+        )
     if "name" not in task or set(task) - {"name", "options"}:
         raise ValueError(f"task={dict(task)!r} must say what to predict, as {{name: classify/place, options: {{...}}}}")
     module, inner = find("tasks", task["name"])
@@ -139,5 +150,11 @@ def build(
         raise ValueError(
             f"gsd_m={gsd_m} is not that of the task, {below.config.get('gsd_m')}: give it in the task's options"
         )
-    config = {"task": below_named, "samples": samples, "prior": prior, "gsd_m": below.config.get("gsd_m")}
+    config = {
+        "task": below_named,
+        "samples": samples,
+        "prior": prior,
+        "corruption": corruption,
+        "gsd_m": below.config.get("gsd_m"),
+    }
     return Probabilistic(below, encoder.dim, config)
