@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -319,6 +319,7 @@ def build(
     tau: float = 0.1,
     strength: float = 1.0,
     hidden: int = 0,
+    adversary: Literal["learned", "solved"] = "learned",
     cells: int = 512,
     released: bool = False,
     teacher_dim: int | None = None,
@@ -332,6 +333,8 @@ def build(
             beside the terms of ``discom`` and ``contrast``.
         weights: of the terms ``task``, ``auxiliary``, ``modality``, ``invariance``, ``orthogonality`` and ``distillation``, 1 where not given.
         temperature: of distilled logits. tau: of the contrast.
+        adversary: of ``discom``: ``learned`` through a reversed gradient, as published; or ``solved``, the best linear one at each step
+            (:func:`everysat.nn.distill.told_apart`), with a weight of ``invariance`` such as 10. After the first, a fresh linear probe still tells modalities apart.
         strength: of the adversary's reversed gradient. hidden: width of a hidden layer of the adversary, 0 for the linear one of the paper. It learns faster than the
             rest with ``lr_scale: {objective.terms.discriminator: 10}`` in the recipe.
         cells: of a batch in which modalities are compared, at most, when pixels are predicted.
@@ -350,8 +353,12 @@ def build(
             raise LookupError(f"weights name the term {name!r}. {suggest(name, known)}")
     if "name" not in task or set(task) - {"name", "options"}:
         raise ValueError(f"task={dict(task)!r} must say what to predict, as {{name: classify/place, options: {{...}}}}")
-    if released and variant != "discom":
-        raise ValueError(f"released=True is for the variant discom, not for {variant}")
+    if adversary not in ("learned", "solved"):
+        raise LookupError(f"adversary={adversary!r} is unknown. {suggest(adversary, ('learned', 'solved'))}")
+    if released and (variant != "discom" or adversary != "learned"):
+        raise ValueError(
+            f"released=True is for the variant discom with its learned adversary, not for {variant}, adversary={adversary}"
+        )
     if not temperature > 0 or cells < 2 or hidden < 0:
         raise ValueError(
             f"temperature={temperature} must be above 0, cells={cells} at least 2, hidden={hidden} not negative"
@@ -371,7 +378,9 @@ def build(
     terms = auxiliary = None
     if disentangled:
         dim = encoder.dim // 2
-        invariance: Any = "adversarial" if variant == "discom" else "contrastive"
+        invariance: Any = (
+            {"learned": "adversarial", "solved": "solved"}[adversary] if variant == "discom" else "contrastive"
+        )
         own = {name: weight for name, weight in (weights or {}).items() if name in TERMS}
         terms = Disentangling(
             list(tasks),
@@ -388,7 +397,7 @@ def build(
         )
     config = {
         "variant": variant, "task": {"name": task["name"].partition("/")[0], "options": first.config}, "teacher": None, "teacher_dim": teacher_dim,
-        "weights": dict(weights or {}), "temperature": temperature, "tau": tau, "strength": strength, "hidden": hidden, "cells": cells, "released": released,
+        "weights": dict(weights or {}), "temperature": temperature, "tau": tau, "strength": strength, "hidden": hidden, "adversary": adversary, "cells": cells, "released": released,
     }  # fmt: skip
     made = Distill(tasks, auxiliary, terms, config)
     _teach(made, {name: student.dim for name, student in students.items()}, teacher, teacher_dim)
