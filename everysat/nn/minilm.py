@@ -42,7 +42,8 @@ AT_ONCE = 4096
 class TextEncoder(Protocol):
     """Strings to float [n, ``dim``], of length 1, without gradients; the same vector for the same string, whatever stands beside it."""
 
-    dim: int
+    @property
+    def dim(self) -> int: ...
 
     def __call__(self, strings: Sequence[str]) -> Tensor: ...
 
