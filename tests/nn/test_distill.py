@@ -18,7 +18,9 @@ from everysat.nn.distill import (
     modality_loss,
     orthogonality,
     reverse_gradient,
+    told_apart,
 )
+from everysat.nn.probe import fit_linear
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
@@ -177,3 +179,93 @@ def test_what_does_not_fit_is_refused() -> None:
             Disentangling(**{"modalities": ["a", "b"], "dim": 4, **arguments})
     with pytest.raises(ValueError, match="parts is empty"):
         Disentangling(["rgb", "sar"], 4)({}, ZERO, ZERO)
+
+
+def made(places, generator):
+    """Two modalities that see the same two classes, and an offset that tells which modality it is."""
+    label = torch.randint(2, (2, places), generator=generator)
+    x = {}
+    for i, name in enumerate(("a", "b")):
+        columns = [*(2 * label - 1), torch.full((places,), 4 * i - 2)]
+        x[name] = torch.stack(columns, 1) + 0.3 * torch.randn(places, 3, generator=generator)
+    return x, label[0] + 2 * label[1]
+
+
+def network(dim) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, dim), nn.BatchNorm1d(dim), nn.ReLU())
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Networks and heads of both modalities, after 160 steps, by the kind of the adversary."""
+    found = {}
+    for invariance in ("adversarial", "solved"):
+        generator = torch.Generator().manual_seed(0)
+        weights = {"invariance": 1.0 if invariance == "adversarial" else 10.0}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            nets = nn.ModuleDict({n: nn.ModuleList([network(16), network(32)]) for n in "ab"})
+            heads = nn.ModuleDict({n: nn.Linear(32, 4) for n in "ab"})
+            shared = nn.Linear(16, 4)
+            model = Disentangling(["a", "b"], 16, invariance=invariance, weights=weights)
+        optimizer = torch.optim.Adam([p for part in (nets, heads, shared, model) for p in part.parameters()], lr=3e-3)
+        for _ in range(160):
+            x, label = made(128, generator)
+            p = parts_of(nets, x)
+            task = sum(F.cross_entropy(heads[n](p[n].useful), label) for n in p)
+            auxiliary = sum(F.cross_entropy(shared(z), label) for n in p for z in (p[n].invariant, p[n].informative))
+            loss = model(p, task / 2, auxiliary / 4)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found[invariance] = (nets.eval(), heads)
+    return found
+
+
+def parts_of(nets, x) -> dict[str, Parts]:
+    return {n: Parts(nets[n][0](x[n]), *nets[n][1](x[n]).chunk(2, -1)) for n in "ab"}
+
+
+def told(trained, invariance, part) -> float:
+    """Share of new samples whose modality a fresh logistic regression on a frozen part tells, of which half are of either."""
+    nets, _ = trained[invariance]
+    with torch.no_grad():
+        said = [parts_of(nets, made(500, torch.Generator().manual_seed(seed))[0]) for seed in (5, 6)]
+    x = [torch.cat([getattr(p[n], part) for n in "ab"]) for p in said]
+    y = torch.arange(2).repeat_interleave(500)
+    probe = fit_linear(x[0], y, torch.arange(1000), classes=("a", "b"), strengths=(1e-3,))
+    return float((probe.probabilities(x[1]).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize("invariance", ["adversarial", "solved"])
+def test_each_modality_runs_alone_and_specific_parts_tell_it(trained, invariance) -> None:
+    nets, heads = trained[invariance]
+    x, label = made(1000, torch.Generator().manual_seed(9))
+    p = parts_of(nets, x)
+    for n in "ab":
+        assert (heads[n](p[n].useful).argmax(1) == label).float().mean() > 0.97
+    assert told(trained, invariance, "informative") > 0.95
+    assert told(trained, invariance, "irrelevant") > 0.95
+
+
+def test_the_invariant_part_does_not_tell_the_modality_after_the_adversary_that_is_solved_for(trained) -> None:
+    """Against a learned one, which is never at its best, a fresh probe still does."""
+    assert told(trained, "solved", "invariant") < 0.75
+    assert told(trained, "adversarial", "invariant") > 0.9
+
+
+def test_the_solved_adversary_explains_what_least_squares_does(generator) -> None:
+    x, modality = torch.randn(300, 5, generator=generator), torch.arange(300) % 3
+    x[:, 0] += modality
+    y = F.one_hot(modality, 3).double()
+    y = y - y.mean(0)
+    z = (x - x.mean(0)).double()
+    residual = y - z @ torch.linalg.lstsq(z, y).solution
+    expected = 1 - residual.square().sum() / y.square().sum()
+    assert told_apart(x, modality, 3, ridge=1e-9).item() == pytest.approx(float(expected), abs=1e-3)
+    assert told_apart(x[:, 1:], modality, 3) < 0.05
+    assert told_apart(F.one_hot(modality, 3).float(), modality, 3) > 0.98
+    assert told_apart(x[:1], modality[:1], 3) == 0
+    moving = x.clone().requires_grad_(True)
+    told_apart(moving, modality, 3).backward()
+    assert told_apart((moving - 30 * moving.grad).detach(), modality, 3) < told_apart(x, modality, 3)
