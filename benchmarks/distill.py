@@ -61,10 +61,10 @@ SCENE = {
     "locality": 2.0,
     "skip": True,
 }
-FULL = ("alone", "teacher", "logits", "DisCoM", "DisCoM, solved", "contrast + logits")
-FEW = ("alone", "teacher", "logits", "contrast + logits")
+FULL = ("alone", "teacher", "logits", "contrast + logits", "DisCoM, solved")
+FEW = ("alone", "teacher", "logits")
 SETS: dict[str, dict[str, Any]] = {
-    "WorldCereal": {"suite": "points", "title": "WorldCereal", "options": POINTS, "score": "macro_f1", "labels": {"100%": FULL, "20%": FEW}, "folds": 3},
+    "WorldCereal": {"suite": "points", "title": "WorldCereal", "options": POINTS, "score": "macro_f1", "labels": {"100%": FULL}, "folds": 3},
     "Fuel moisture": {"suite": "points", "title": "Fuel moisture", "options": POINTS, "score": "r2", "labels": {"100%": FULL, "10%": FEW}, "folds": 3},
     "Land use": {"suite": "land_use", "title": "Land use near Berlin", "options": SCENE, "score": "macro_f1", "labels": {"100%": FULL}, "folds": 3,
                  "recipe": {"steps": 60, "batch_size": 8, "lr": 1e-3, "augment": {"flip": True, "turn": True}}},
