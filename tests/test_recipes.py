@@ -27,6 +27,7 @@ FINE = (
     "anysat_timesen2crop",
     "ramen_pastis",
     "simplesat_pastis",
+    "distill_fuel_moisture",
 )
 PRE = ("anysat_geoplex", "ramen_pretrain")
 ALONE = ("simplesat_pretrain",)
@@ -37,7 +38,7 @@ def small(name: str, folder, *overrides: str) -> Recipe:
     """The recipe with its datasets replaced by made-up ones, for one step."""
     recipe = Recipe.load(name)
     family = recipe.model.name.split("/")[0]
-    sizes = {"ramen": SMALL_RAMEN, "simplesat": SMALL_SIMPLE}.get(family, SMALL)
+    sizes = {"ramen": SMALL_RAMEN, "simplesat": SMALL_SIMPLE, "students": {"dim": 8}}.get(family, SMALL)
     options = [f"model.options.{k}={v}" for k, v in sizes.items()]
     for part in ("data", "validation"):
         for number, source in enumerate(getattr(recipe, part)):
