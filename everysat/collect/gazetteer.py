@@ -25,44 +25,60 @@ LONGEST = 5
 """Words of a name."""
 PER_PERSON_M2 = 300.0
 """Ground that a settlement has for each of its people, for the radius of one whose extent is not known: that of a European town."""
-WITHIN_WEIGHT, BEHIND_WEIGHT, NEAR_WEIGHT, POPULATION_WEIGHT, WIDE, SPELT, OTHER_NAME = (
-    4.0,
-    6.0,
-    3.0,
-    0.8,
-    3.0,
-    0.7,
-    -1.5,
-)
-"""Logits: a candidate in a country or state that the text names; one that is named right behind it ("Paris, Texas"); one that lies by other places of the
-text; each e-fold of population; countries and states themselves; spelt as in the text,
-accents included; known by another name. Set by hand: there is no training set of texts here that may be used."""
-FAR_LETTERS = 150.0
+WITHIN_WEIGHT = 4.0
+"""Logit of a candidate in a country or state that the text names. These weights were set by hand, not fitted."""
+BEHIND_WEIGHT = 6.0
+"""Of one whose country or state is named right behind it: "Paris, Texas"."""
+NEAR_WEIGHT = 5.0
+"""Of one that lies by other places of the text."""
+POPULATION_WEIGHT = 0.6
+"""Of each e-fold of population."""
+WIDE = 3.0
+"""Of countries and states, before towns that are called alike."""
+SPELT = 0.7
+"""Of a name that is spelt as in the text, accents included."""
+OTHER_NAME = -1.5
+"""Of a place that is also known by a name, but has another one."""
+FAR_LETTERS = 400.0
 """Distance in the text over which what it says of countries and states loses its weight."""
 NEAR_M = 300_000.0
 """Distance over which places of one text support each other."""
 ROUNDS = 3
+PART_POPULATION, BEGIN_POPULATION = 100_000, 20_000
+"""People that a town needs so that its name counts as part of a longer run of capitalised words, or at the beginning of a sentence."""
 
 Similarity = Callable[[str, np.ndarray], np.ndarray]
 """From the text and lonlat [n, 2] in degrees to n logits, such as those of a text and a location encoder."""
 
-_WORD = re.compile(r"[^\W_]+(?:[.'’\-][^\W_]+)*\.?", re.UNICODE)
+_WORD = re.compile(r"[^\W_]+(?:[.\-][^\W_]+|['’](?!s\b)[^\W_]+)*\.?", re.UNICODE)
 _GAP = re.compile(r"\W+")
 _SMALL_WORDS = "of de la le les el los las du des do da dos das di del della den der van von am an auf und upon on the sur in im al el and y es by bei"
 _SMALL = frozenset(_SMALL_WORDS.split())
 _COMMON_WORDS = """
-a about after all also although among an and another any april as at august autumn bay be because been before best
-between both but by can central century church city company could december did do does during each early east eastern
-even every february few first five for four friday from get great had half has have he her here high hill his hotel
-house how however i if in into is island it its january july june just king lake land large last late later like
-little lower many march may me monday more most mount much must my near new next no north northern not november now
-october of off old on one only or other our out over park part per point queen river road saint same saturday school
-sea second see september several she should since six small so some south southern spring states street such summer
-sunday than that the their them then there these they third this those three through thursday to today tuesday two
-under union united university until up upon upper us very was we wednesday well were west western what when where
-which while white who why will winter with world would yes you your
+a abbey about act adriatic aegean africa african after air airport all alliance alps also although amazon america
+american among an and andes another antarctic any april arab arctic area army as asia asian at atlantic august autumn
+baltic bank base basin bay be because been before best between big black blue both bridge british but by can canal
+cape caspian castle cathedral catholic caucasus central century christ christian church circle city climate coast
+college commonwealth company confederation congress constitution could council county court danube december democratic
+desert did district do does during dutch each early earth east eastern economy empire english europe european even
+every february federal federation few first five for force forest four french freshwater friday from front ganges
+geography german get god grand great green gulf had half has have he her here high hill hills himalaya his history
+hospital hotel house how however i if ile iles in independence indian international internet into is island islands
+isles it its january july june just justice king kingdom lake land language languages large last late later law leader
+liberation library like little lower mall many march market may me minister mission monday mont monument more most
+mount mountain mountains much museum muslim must my national naval navy near new next nile no none north northern not
+note november now ocean october of off old on one only or orange other our out over pacific palace park parliament
+part party passage peace peninsula people per plain plains plateau point port portuguese president province public
+queen red region republic rhine ridge river road royal sahara saint same saturday school sea second see senate
+september several she shore should siberia since six small so some south southern spanish spring square stadium states
+station strait street such summer sunday supreme temple territory than that the their them then there these they third
+this those three through thursday to today tower town treaty tuesday two under union united university until up upon
+upper us valley very vice village villages virgin volcano war was we wednesday well were west western what when where
+which while white who why will winter with world would yes you your zone
 """
-_NO_PLACE = frozenset(_COMMON_WORDS.split())
+_NO_PLACE = frozenset(
+    [*_COMMON_WORDS.split(), "middle east", "near east", "far east", "north sea", "north america", "south america"]
+)
 """Capitalised for other reasons, most of all at the beginning of a sentence; alone they name no place."""
 _TITLE_WORDS = "mr mrs ms dr sir lord lady president king queen prince princess general captain professor st pope minister senator judge"
 _TITLES = frozenset(_TITLE_WORDS.split())
@@ -216,24 +232,34 @@ class Gazetteer:
         """Longest names from left to right, none within another."""
         words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(text)]
         lower = {folded(word) for _, _, word in words if word[:1].islower()}
-        found, i = [], 0
+        spans, i = [], 0
         while i < len(words):
             for n in range(min(LONGEST, len(words) - i), 0, -1):
-                run, before = words[i : i + n], words[i - 1] if i else None
-                key = folded(" ".join(word for _, _, word in run))
-                if key in self._index and _is_name(text, run, before) and (n > 1 or self._stands_alone(key, lower)):
-                    entries = [self.entries[e] for e in self._index[key]]
-                    if entries := [e for e in entries if e.kind != "city" or e.population >= least_population]:
-                        end = run[-1][1] - (run[-1][2].endswith(".") and "." not in run[-1][2][:-1])
-                        found.append(_Name(run[0][0], end, key, tuple(entries)))
-                        i += n - 1
-                        break
+                key = folded(" ".join(word for _, _, word in words[i : i + n]))
+                alone = n > 1 or (len(key) > 2 and key not in lower)
+                if key in self._index and key not in self._no_place and alone and _is_name(text, words, i, n):
+                    spans.append((i, n, key))
+                    i += n - 1
+                    break
             i += 1
+        taken = {k for i, n, _ in spans for k in range(i, i + n)}
+        found = []
+        for i, n, key in spans:
+            least = max(least_population, _least_population(text, words, i, n, taken))
+            entries = [
+                e
+                for e in (self.entries[number] for number in self._index[key])
+                if e.kind != "city" or e.population >= least
+            ]
+            last = words[i + n - 1]
+            end = last[1] - (last[2].endswith(".") and "." not in last[2][:-1])
+            if n == 1 and _is_short_form(words[i][2]):
+                entries = [e for e in entries if e.kind != "city"]
+            elif n == 1 and len(key) <= 4:
+                entries = [e for e in entries if e.kind != "city" or folded(e.name) == key]
+            if entries:
+                found.append(_Name(words[i][0], end, key, tuple(entries)))
         return found
-
-    def _stands_alone(self, key: str, lower: set[str]) -> bool:
-        """Whether one word can be a name: it is no common one, and the text does not have it in small letters too."""
-        return key not in self._no_place and len(key) > 2 and key not in lower
 
     def _ranked(self, text: str, names: Sequence[_Name], similarity: Sequence[Similarity]) -> list[np.ndarray]:
         """Logits of the candidates of each name. Context is what is most probable without it, refined a few times."""
@@ -266,17 +292,57 @@ class _Name:
     entries: tuple[Entry, ...]
 
 
-def _is_name(text: str, run: Sequence[tuple[int, int, str]], before: tuple[int, int, str] | None) -> bool:
-    """Whether words that follow one another can be one name: capitalised but for small ones within, with nothing but blanks and hyphens between."""
-    names = [word for _, _, word in run]
-    if not all(n[0].isupper() or (0 < k < len(names) - 1 and n in _SMALL) for k, n in enumerate(names)):
+_Word = tuple[int, int, str]
+"""Start, end, and the word."""
+
+
+def _is_name(text: str, words: Sequence[_Word], i: int, n: int) -> bool:
+    """Whether ``n`` words from the ``i``-th can be one name: capitalised but for small ones within, with nothing but blanks and hyphens between."""
+    names = [word for _, _, word in words[i : i + n]]
+    if not all(name[0].isupper() or (0 < k < n - 1 and name in _SMALL) for k, name in enumerate(names)):
         return False
-    gaps = [text[a[1] : b[0]] for a, b in itertools.pairwise(run)]
-    if any(gap.strip() not in ("", "-") or "\n\n" in gap for gap in gaps):
+    if not all(_are_joined(text, a, b) for a, b in itertools.pairwise(words[i : i + n])):
         return False
-    if any(n.endswith(".") and len(n) > 3 and "." not in n[:-1] for n in names[:-1]):
-        return False  # a sentence ends within
-    return not (before and folded(before[2]) in _TITLES and text[before[1] : run[0][0]].isspace())
+    return not (i and folded(words[i - 1][2]) in _TITLES and text[words[i - 1][1] : words[i][0]].isspace())
+
+
+def _are_joined(text: str, a: _Word, b: _Word) -> bool:
+    """Whether words can belong to one name: not if a sentence, a line or a part of it ends between them."""
+    gap = text[a[1] : b[0]]
+    ends = a[2].endswith(".") and len(a[2]) > 3 and "." not in a[2][:-1]
+    return gap.strip() in ("", "-") and "\n\n" not in gap and not ends
+
+
+def _is_short_form(word: str) -> bool:
+    """Such as ROK and NATO. Towns are listed by the codes of their airports too, but hardly meant by them."""
+    return word.isupper() and len(word.replace(".", "")) <= 4
+
+
+def _least_population(text: str, words: Sequence[_Word], i: int, n: int, taken: set[int]) -> int:
+    """What a town needs to be meant: much where its name seems to be part of another one ("Pacific Ocean"), or may be capitalised for another reason."""
+    before, after = i - 1, i + n
+    if (
+        before >= 0
+        and before not in taken
+        and words[before][2][0].isupper()
+        and _are_joined(text, words[before], words[i])
+    ):
+        harmless = _begins(text, words[before]) and folded(words[before][2]) in _NO_PLACE
+        return 0 if harmless else PART_POPULATION
+    if (
+        after < len(words)
+        and after not in taken
+        and words[after][2][0].isupper()
+        and _are_joined(text, words[after - 1], words[after])
+    ):
+        return PART_POPULATION
+    return BEGIN_POPULATION if n == 1 and _begins(text, words[i]) else 0
+
+
+def _begins(text: str, word: _Word) -> bool:
+    """Whether a sentence or a line begins with a word."""
+    before = text[: word[0]].rstrip(" \t\"'(“„«")[-1:]
+    return before in ("", "\n", ".", "!", "?", ":")
 
 
 def _prior(text: str, names: Sequence[_Name], k: int) -> np.ndarray:

@@ -84,7 +84,10 @@ def read(
     table = vector.load_frame(path).to_crs("EPSG:4326")
     found = table.geometry.notna() & ~table.geometry.is_empty
     table = table[found if bounds is None else found & table.intersects(shapely.box(*bounds))]
-    rows = [_tags(row, kind or path.stem) for row in table.drop(columns=table.geometry.name).to_dict("records")]
+    columns = frozenset(map(str, table.columns))
+    rows = [
+        _tags(row, columns, kind or path.stem) for row in table.drop(columns=table.geometry.name).to_dict("records")
+    ]
     frame = _frame([i for i, _ in rows], [t for _, t in rows], table.geometry.array)
     kept = frame[[any(key in tags for key in keys) for tags in frame.tags]].reset_index(drop=True)
     if len(table) and not len(kept):
@@ -161,8 +164,8 @@ _SAME_CLASS = {
 _HSTORE = re.compile(r'"((?:[^"\\]|\\.)*)"=>"((?:[^"\\]|\\.)*)"')
 
 
-def _tags(row: Mapping[str, Any], name: str) -> tuple[str, dict[str, str]]:
-    """Identity and tags of a row of a table; ``name`` of the table tells what its rows do not."""
+def _tags(row: Mapping[str, Any], columns: frozenset[str], name: str) -> tuple[str, dict[str, str]]:
+    """Identity and tags of a row of a table; its ``columns`` tell whose it is, its ``name`` what its rows do not."""
     row = {key: value for key, value in row.items() if _told(value)}
     identity = str(row.get("id") or row.get("osm_id") or row.get("osm_way_id") or "")
     own = row.get("tags", row.get("source_tags"))
@@ -170,7 +173,7 @@ def _tags(row: Mapping[str, Any], name: str) -> tuple[str, dict[str, str]]:
         return identity, _mapping(own)
     if "fclass" in row:
         return identity, _geofabrik(row, name)
-    if "class" in row or "subtype" in row or "categories" in row or str(row.get("type", "")) in OVERTURE:
+    if columns & {"class", "subtype", "categories"}:
         return identity, _overture(row, name)
     plain = {key: str(value) for key, value in row.items() if key in KEYS or key == "name"}
     hstore = {key: value.replace('\\"', '"') for key, value in _HSTORE.findall(str(row.get("other_tags", "")))}

@@ -316,7 +316,8 @@ def _prose(part: Any) -> str:
         if part.contains(link):
             part.remove(link)
     text = part.strip_code(normalize=True, collapse=True)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"\(\s*[;,]?\s*\)", "", text)).strip()
+    text = re.sub(r"[ \t]*\(\s*[;,]?\s*\)", "", text)  # brackets that templates were taken out of
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]{2,}", " ", text)).strip()
 
 
 def coordinates(code: Any) -> tuple[float, float] | None:
