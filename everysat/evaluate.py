@@ -115,12 +115,13 @@ class Evaluation:
     confidence: list[Tensor] = field(default_factory=list)
     correct: list[Tensor] = field(default_factory=list)
     fitted: list[Any] = field(default_factory=list)
+    _resampled: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def score(self, name: str = "macro_f1", *, seed: int = 0) -> Score:
         """The score of that name over all draws."""
         definition, function = self._score(name)
         each = torch.stack([function(c.sum(0)) for c in self.counts])
-        return self._over_draws(name, each, self._replicates(function, seed), definition)
+        return self._over_draws(name, each, self._replicates(name, seed), definition)
 
     def less(self, other: Evaluation, name: str = "macro_f1", *, seed: int = 0) -> Score:
         """This score minus that of ``other`` on the same draws; replicates and draws are paired, so that an interval above 0
@@ -131,7 +132,7 @@ class Evaluation:
         each = torch.stack(
             [function(a.sum(0)) - function(b.sum(0)) for a, b in zip(self.counts, other.counts, strict=True)]
         )
-        replicates = self._replicates(function, seed) - other._replicates(function, seed)
+        replicates = self._replicates(name, seed) - other._replicates(name, seed)
         return self._over_draws(f"{name} difference", each, replicates, f"difference of: {definition}")
 
     def _over_draws(self, name: str, each: Tensor, replicates: Tensor, definition: str) -> Score:
@@ -145,9 +146,15 @@ class Evaluation:
             raise LookupError(f"no score of {self.kind} is called {name!r}. {suggest(name, known)}")
         return known[name]
 
-    def _replicates(self, function: Callable[[Tensor], Tensor], seed: int) -> Tensor:
+    def _replicates(self, name: str, seed: int) -> Tensor:
         """Mean score over draws in each bootstrap replicate; a group has the same weight in all draws of a replicate. Groups are resampled among
-        those of the same draws and the same (most frequent) label: a replicate that lacked a rare class would score too well."""
+        those of the same draws and the same (most frequent) label: a replicate that lacked a rare class would score too well. Kept, for tables ask often."""
+        asked = (name, seed, len(self.counts))
+        if asked not in self._resampled:
+            self._resampled[asked] = self._resample(self._score(name)[1], seed)
+        return self._resampled[asked]
+
+    def _resample(self, function: Callable[[Tensor], Tensor], seed: int) -> Tensor:
         every = torch.cat(self.groups).unique()
         strata = self._strata(every)
         generator = torch.Generator().manual_seed(seed)

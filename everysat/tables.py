@@ -16,18 +16,40 @@ from everysat.table import Table
 
 
 def tables(suite: Suite, results: Sequence[Result]) -> list[Table]:
-    """One table per dataset: a row a model, modality subset and way, a column a label fraction with mean and 95 % interval of the first score, and
-    what it cost. ``=`` marks what is not worse than the best of its modality subset: the interval of the paired difference holds 0."""
-    of = {title: [r for r in results if r.cell.dataset == title] for title in suite.datasets}
-    return [_table(suite, title, suite.datasets[title], some) for title, some in of.items() if some or not results]
+    """Of each dataset a table with a row a model and way, a column a label fraction with mean and 95 % interval of the first score, and what it cost, on
+    the first of its modality subsets; and, where there are several, a table with a column for each of them, with all labels. ``=`` marks what is not
+    worse than the best of its modality subset: the interval of the paired difference holds 0."""
+    return [table for _, some in by_dataset(suite, results) for table in some]
+
+
+def by_dataset(suite: Suite, results: Sequence[Result]) -> list[tuple[str, list[Table]]]:
+    """The same, by title of the dataset."""
+    found = []
+    for title, data in suite.datasets.items():
+        mine = [result for result in results if result.cell.dataset == title]
+        if mine or not results:
+            best, first = _best(data, mine), data.titles[0]
+            whole = {(r.cell.model, r.cell.how) for r in mine if r.cell.modalities == first}
+            main = [r for r in mine if r.cell.modalities == first or (r.cell.model, r.cell.how) not in whole]
+            several = len({result.cell.modalities for result in mine}) > 1
+            found.append(
+                (
+                    title,
+                    [_table(suite, title, data, main, best), *([_subsets(title, data, mine, best)] if several else [])],
+                )
+            )
+    return found
+
+
+Best = Mapping[tuple[str, str], Evaluation]
+"""By modality subset and label fraction."""
 
 
 COSTS = ("parameters", "features, s", "fitting, s")
 """Columns that say what a row took."""
 
 
-def _table(suite: Suite, title: str, data: Data, results: list[Result]) -> Table:
-    best = _best(data, results)
+def _table(suite: Suite, title: str, data: Data, results: list[Result], best: Best) -> Table:
     rows: list[dict[str, Any]] = []
     for result in results:
         row: dict[str, Any] = {"model": result.cell.model, "layers": result.cell.modalities, "how": result.cell.how}
@@ -44,6 +66,26 @@ def _table(suite: Suite, title: str, data: Data, results: list[Result]) -> Table
         rows.append(row)
     rows += [_published(entry, data) for entry in data.published]
     return Table.of(f"{title}: {_score_name(data, results)}", rows, _notes(suite, data, results))
+
+
+def _subsets(title: str, data: Data, results: list[Result], best: Best) -> Table:
+    """A row a model and way, a column a modality subset, with all labels."""
+    labels, rows, failed = data.labels[-1], [], []
+    titles = [one for one in data.titles if any(r.cell.modalities == one for r in results)]
+    for model, how in dict.fromkeys((r.cell.model, r.cell.how) for r in results):
+        row = {"model": model, "how": how}
+        for result in (r for r in results if (r.cell.model, r.cell.how) == (model, how)):
+            one, shown = result.evaluations.get(labels), result.cell.modalities
+            if one is not None:
+                score, leader = one.score(_first(data, one)), best[shown, labels]
+                text = f"{score.mean:.3f}"
+                row[shown] = f"**{text}**" if leader is one else f"{text} =" if tied(one, leader, score.name) else text
+            elif "error" in result.facts:
+                row[shown] = "failed"
+                failed.append(f"{result.cell} failed: {result.facts['error']}")
+        if len(row) > 3:
+            rows.append({"model": model, "how": how, **{one: row.get(one, "") for one in titles}})
+    return Table.of(f"{title}, {labels} of the labels, by what is shown: {_score_name(data, results)}", rows, failed)
 
 
 def _cell(one: Evaluation, best: Evaluation | None, name: str) -> str:
@@ -126,12 +168,12 @@ def _seconds(value: Any) -> str:
 def report(suite: Suite, results: Sequence[Result]) -> Report:
     """Tables and pictures on one HTML page."""
     page = Report(suite.title or suite.name, suite.about)
-    there = [title for title in suite.datasets if not results or any(r.cell.dataset == title for r in results)]
-    for table, title in zip(tables(suite, results), there, strict=True):
+    for title, (table, *subsets) in by_dataset(suite, results):
         data = suite.datasets[title]
         mine = [result for result in results if result.cell.dataset == title and result.evaluations]
         page.add_heading(title)
-        page.add_table(replace(table, title=table.title.removeprefix(f"{title}: ")))
+        for one in (table, *subsets):
+            page.add_table(replace(one, title=one.title.removeprefix(title).lstrip(":, ")))
         if not mine:
             continue
         rows = {_title(result.cell, data): _scores(data, result) for result in mine}

@@ -408,6 +408,14 @@ def test_disturbed_tests_share_the_trained_model_and_change_only_the_tests(tmp_p
     assert len(set(rmse.values())) == len(rmse), "each title, and each fusion, tells something else"
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1, "one training for two fusions and four titles"
     assert all(r.facts["samples"] == results[0].facts["samples"] for r in results)
+    main, subsets = tables(asked, results)
+    assert [row[:3] for row in main.rows] == [
+        (m, "all", h) for m, h in (("product", "finetune"), ("mean", "finetune"), ("statistics", "probe"))
+    ]
+    assert subsets.columns == ("model", "how", "all", "s2", "noise", "gone")
+    assert [sum(str(row[i]).startswith("**") for row in subsets.rows) for i in range(2, 6)] == [1, 1, 1, 1]
+    assert subsets.rows[0][3].strip("*= ") == f"{rmse['product', 's2']:.3f}"
+    assert "by what is shown" in save(asked, results)[2].read_text()
     fold = bench.Fold(asked.datasets["set"], 0)
     train, test = (fold.showing("noise").parts[name].place(0) for name in ("train", "test"))
     whole = fold.parts["test"].place(0)

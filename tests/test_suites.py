@@ -52,6 +52,7 @@ PART = {
     "simplesat_ablation": "PASTIS-HD / full / without VHR / finetune",
     "images": "Crowns of NEON / OmniSat untrained, crowns / all / probe",
     "land_use": "Land use near Berlin / OmniSat untrained / 10 m / probe",
+    "confidence": "WorldCereal / concatenation / s2 / finetune",
     "change": "LEVIR-CD / OmniSat untrained / all / probe",
     "ramen": "SpaceNet7 / RAMEN, cells of 16 m / all / finetune",
 }

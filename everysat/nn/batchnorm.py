@@ -6,10 +6,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from everysat.nn.gather import group, world
+
+
+class RowNorm(nn.BatchNorm1d):
+    """Batch normalisation that stands a batch of one row, which has no variance: it is then normalised by the running statistics, which stay. A
+    modality that only one place of a batch has makes such batches."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
 
 
 class GlobalBatchNorm(_BatchNorm):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from everysat.nn.batchnorm import RowNorm
 from everysat.nn.frozen import freezing
 from everysat.nn.gather import world
 from everysat.nn.position import sinusoid
@@ -178,7 +179,7 @@ def _mlp(inputs: int, widths: Sequence[int], norm: str, dropout: float | None) -
     """[Linear, norm, ReLU, Dropout unless None] for each width; BatchNorm runs over observations of all series and dates."""
     layers: list[nn.Module] = []
     for before, after in zip([inputs, *widths[:-1]], widths, strict=True):
-        layers += [nn.Linear(before, after), nn.BatchNorm1d(after) if norm == "batch" else nn.GroupNorm(4, after)]
+        layers += [nn.Linear(before, after), RowNorm(after) if norm == "batch" else nn.GroupNorm(4, after)]
         layers += [nn.ReLU()]
         layers += [] if dropout is None else [nn.Dropout(dropout)]
     return nn.Sequential(*layers)
