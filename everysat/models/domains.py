@@ -52,6 +52,8 @@ class Config(BaseModel):
         domains: the encoder of each, by name. modalities: of all, as ``<domain>/<layer>``.
         split: ``halves``, the encoder's features as they are, cut in two; ``projected``, linear layer, batch normalisation and ReLU before.
         dim: of each half; by default half the encoder's width. Domains must agree.
+        shared: parts that all domains' encoders have in common, such as ``[stages]`` of ``resnet/`` or ``[projectors, cross]``; none in the paper, where a
+            classifier is all that domains share.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,6 +61,7 @@ class Config(BaseModel):
     modalities: dict[str, Any]
     split: Literal["halves", "projected"] = "halves"
     dim: int | None = Field(default=None, ge=1)
+    shared: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ class Domains(Encoder):
             f"{name}/{layer}": wanted for name, encoder in encoders.items() for layer, wanted in encoder.inputs.items()
         }
         self.encoders = nn.ModuleDict(dict(encoders))
+        for part in config.shared:
+            _share([self.one(name).backbone for name in encoders], part)
         self.config = {
             "domains": {name: encoder.config["of"] for name, encoder in encoders.items()},
             "modalities": {
@@ -151,6 +156,7 @@ class Domains(Encoder):
             },
             "split": config.split,
             "dim": self.dim,
+            "shared": config.shared,
         }
 
     @property
@@ -166,14 +172,21 @@ class Domains(Encoder):
         assert isinstance(encoder, OneDomain)
         return encoder
 
-    def part(self, batch: Batch, name: str) -> tuple[Tensor, Batch]:
-        """Numbers of the places that a domain observed, int64 [n], and these alone, with its layers by their own names."""
+    def part(self, batch: Batch, name: str, keep: Tensor | None = None) -> tuple[Tensor, Batch]:
+        """Numbers of the places that a domain observed, int64 [n], and these alone, with its layers by their own names; with ``keep``, bool [row], some of
+        them."""
         layers = {key: batch.raster(key) for key in self.inputs if key in batch.layers and key.startswith(f"{name}/")}
-        there = [raster.row[raster.valid.flatten(1).any(1)] for raster in layers.values()]
-        nowhere = torch.zeros(0, dtype=torch.long, device=next(self.parameters()).device)
-        row = torch.cat([nowhere, *there]).unique()
-        plain = Batch(batch.places, {key.partition("/")[2]: raster for key, raster in layers.items()})
-        return row, Batch.cat([plain[i] for i in row.tolist()])
+        mine = torch.zeros(len(batch), dtype=torch.bool, device=next(self.parameters()).device)
+        for raster in layers.values():
+            mine[raster.row[raster.valid.flatten(1).any(1)]] = True
+        mine = mine if keep is None else mine & keep
+        row, number = mine.nonzero()[:, 0], mine.cumsum(0) - 1
+        part = {}
+        for key, raster in layers.items():
+            there = raster.obs(mine[raster.row])
+            if len(there.row):
+                part[key.partition("/")[2]] = replace(there, row=number[there.row])
+        return row, Batch(tuple(batch.places[i] for i in row.tolist()), part)
 
     def halves(self, batch: Batch) -> dict[str, Halves]:
         """Both halves of what each domain observed; domains that the batch lacks are left out."""
@@ -214,6 +227,24 @@ class Domains(Encoder):
         return Features(
             _mean(tokens.x, where, len(keys)), at, _mean(summaries, rows, len(tokens.places)), tokens.places
         )
+
+
+def _share(encoders: list[Encoder], part: str) -> None:
+    """The part of that name of the first encoder becomes that of all."""
+    first, *others = encoders
+    known = [name for name, _ in first.named_modules() if name]
+    for encoder in encoders:
+        if part not in dict(encoder.named_modules()):
+            raise LookupError(f"shared: the {encoder.family} has no part {part!r}. {suggest(part, known)}")
+    kept = first.get_submodule(part)
+    sizes = {name: tensor.shape for name, tensor in kept.state_dict().items()}
+    for encoder in others:
+        if {name: tensor.shape for name, tensor in encoder.get_submodule(part).state_dict().items()} != sizes:
+            raise ValueError(
+                f"shared: {part!r} has other sizes or layers in another domain; share what bands and pixels have no say in"
+            )
+        above, _, leaf = part.rpartition(".")
+        setattr(encoder.get_submodule(above), leaf, kept)
 
 
 class _Projection(nn.Module):
@@ -270,7 +301,7 @@ def build(
         modalities: of all domains, by ``<domain>/<layer>``, as the domain's encoder describes its layers; or ``data`` in a recipe.
         encoder: ``{"name": "resnet/", "options": {...}}``, what every domain has one of.
         encoders: the same by domain, in place of ``encoder``.
-        options: ``split`` and ``dim``, see :class:`Config`.
+        options: ``split``, ``dim`` and ``shared``, see :class:`Config`.
     """
     if variant and variant not in VARIANTS:
         raise LookupError(f"domains has no variant {variant!r}. {suggest(variant, VARIANTS)}")
@@ -286,7 +317,7 @@ def build(
                 f"modalities name {key!r}; layers of domains are called <domain>/<layer>, such as source/rgb"
             )
         by_domain.setdefault(domain, {})[layer] = entry
-    config = {**{k: v for k, v in preset.items() if k in ("split", "dim")}, **options}
+    config = {**{k: v for k, v in preset.items() if k in ("split", "dim", "shared")}, **options}
     built = {name: _built(name, (encoders or {}).get(name, encoder), layers) for name, layers in by_domain.items()}
     found = {name: {"family": one.family, "config": one.config} for name, one in built.items()}
     told = Config.model_validate({"domains": found, "modalities": dict(modalities), **config})

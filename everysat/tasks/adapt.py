@@ -66,26 +66,23 @@ class Adapt(Task):
         logits, truth, halves = [], [], []
         costs: dict[str, list[Tensor]] = {name: [] for name in TERMS}
         if "source" in self.uses:
-            row, part = domains.part(batch.without(self.target), "source")
-            row, part = _some(row, part, known[row])
+            row, part = domains.part(batch, "source", known)
             if len(row):
                 seen = domains.one("source").halves(part)
                 logits.append(self._logits(seen.invariant))
                 truth.append(index[row])
                 halves.append((seen.invariant, seen.specific, 0))
-        row, part = domains.part(batch.without(self.target), "target")
-        if "unlabelled" not in self.uses:
-            row, part = _some(row, part, known[row])
+        row, part = domains.part(batch, "target", None if "unlabelled" in self.uses else known)
         free = ~known[row]
-        _, guessed = _some(row, part, free)
-        both = Batch.cat([part, self.strong_view(guessed, generator)]) if len(guessed) else part
+        guessed = domains.part(batch, "target", ~known)[1] if free.any() else part
+        both = Batch.cat([part, self.strong_view(guessed, generator)]) if free.any() else part
         if len(both):
             seen = domains.one("target").halves(both)
             said, n = self._logits(seen.invariant), len(part)
             logits.append(said[:n][~free])
             truth.append(index[row][~free])
             halves.append((seen.invariant[:n][~free], seen.specific[:n][~free], 1))
-            if len(guessed):
+            if free.any():
                 costs["pseudo"] = [self._pseudo(said[:n][free], said[n:])]
                 unlabelled = torch.cat([free, free.new_ones(len(guessed))])
                 self._disentangle([(seen.invariant[unlabelled], seen.specific[unlabelled], 1)], costs)
@@ -259,11 +256,6 @@ def turned(batch: Batch, generator: torch.Generator) -> Batch:
                 part[mine] = part[mine].rot90(times, (2, 3))
         layers[name] = replace(raster, values=values, valid=valid, var=None)
     return replace(batch, layers={**batch.layers, **layers})
-
-
-def _some(row: Tensor, batch: Batch, keep: Tensor) -> tuple[Tensor, Batch]:
-    """Some of the places of a batch, whose numbers elsewhere are ``row``."""
-    return row[keep], batch if bool(keep.all()) else Batch.cat([batch[i] for i in keep.nonzero()[:, 0].tolist()])
 
 
 def _none(task: Adapt) -> Tensor:

@@ -1,0 +1,319 @@
+"""Does SHeDD beat training on the target's few labels alone? Real scenes and real crop masks, paired with baselines on the same networks.
+
+    EVERYSAT_DATA=DIR OMP_NUM_THREADS=1 python -m benchmarks.adapt OUT      # writes OUT/adapt.md and OUT/adapt.json; half an hour of one core
+    EVERYSAT_DATA=DIR python -m benchmarks.adapt OUT scenes/5               # cells whose name contains this
+
+Every finished cell is kept in OUT/cells; the same command goes on. Small networks and few steps, the same for all methods, so that it runs on a CPU: scores are
+not the best that can be had, only their order is asked for.
+
+- ``scenes``: 10 kinds of RSICD's scenes. The source is red, green and blue at full resolution, the target red alone in pixels four times as large. Half of the 30
+  training images a class are of the source, half of the target; each is cut into four pieces of 72 pixels. Tests are on ``val``, 22 images a class in four pieces;
+  intervals resample whole images.
+- ``crops``: crop or not, DEA crop mask; the source is one region, the target another, half of whose places are tested.
+
+Labels are drawn anew for each seed; all methods of a seed have the same. Intervals are 95 %, of bootstrap replicates over test images or places.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from everysat.data import dea_cropmask, domains, rsicd
+from everysat.data.batches import Dataset, Subset, in_order
+from everysat.evaluate import Evaluation, Samples, evaluate
+from everysat.recipe import Recipe
+from everysat.table import Table
+from everysat.train import train
+from everysat.types import Batch, Place
+
+KINDS = (
+    "Beach",
+    "BaseballField",
+    "DenseResidential",
+    "Desert",
+    "Farmland",
+    "Forest",
+    "Industrial",
+    "Parking",
+    "River",
+    "Viaduct",
+)
+PIECE_PX, TIMES = 72, 4
+SHOTS, SEEDS = (5, 25, 100), (0, 1, 2)
+TESTED = 1000
+METHODS: dict[str, dict[str, Any]] = {
+    "target only": {"variant": "target_only", "shares": (0, 1, 0)},
+    "FixMatch, target alone": {"variant": "fixmatch", "shares": (0, 1, 1)},
+    "source and target": {"variant": "source_target", "shares": (1, 1, 0)},
+    "SHeDD, inductive": {"variant": "shedd", "shares": (1, 1, 1)},
+    "SHeDD, inductive, shared parts": {"variant": "shedd", "shares": (1, 1, 1), "shared": True},
+    "SHeDD, transductive": {"variant": "shedd", "shares": (1, 1, 1), "protocol": "transductive"},
+}
+EACH = 16
+"""Places of each kind in a step."""
+RESNET = {"name": "resnet/", "options": {"width": 8}}
+OMNISAT = {
+    "patch_m": 10,
+    "grid": 1,
+    "dim": 64,
+    "depth": 1,
+    "heads": 16,
+    "dropout": 0.1,
+    "drop_path": 0.0,
+    "skip": True,
+    "windows": True,
+}
+SETS: dict[str, dict[str, Any]] = {
+    "scenes": {
+        "model": {
+            "encoders": {"source": {"name": "resnet/", "options": {"width": 8, "stem": "large"}}, "target": RESNET}
+        },
+        "augment": {"flip": True, "turn": True},
+        "steps": 150,
+        "shared": ["stages"],
+        "score": "accuracy",
+    },
+    "crops": {
+        "model": {"encoder": {"name": "omnisat/", "options": OMNISAT}, "split": "projected", "dim": 64},
+        "augment": {"drop_dates": 0.1},
+        "steps": 100,
+        "shared": ["projectors", "cross", "blocks"],
+        "score": "balanced_accuracy",
+        "without": ["SHeDD, transductive"],
+    },
+}
+
+
+class Pieces:
+    """The four corners of each image as places of their own, kept in memory; ``codes`` are their classes."""
+
+    def __init__(self, data: rsicd.Scenes) -> None:
+        self.images = [data[i] for i in range(len(data))]
+        self.codes = np.repeat(data.codes, 4)
+
+    def __len__(self) -> int:
+        return 4 * len(self.images)
+
+    def __getitem__(self, index: int) -> Batch:
+        image = self.images[index // 4]
+        rgb = image.raster("rgb")
+        y, x = ((n - PIECE_PX) * (index // 2**k % 2) for k, n in zip((1, 0), rgb.values.shape[2:], strict=True))
+        part = (..., slice(y, y + PIECE_PX), slice(x, x + PIECE_PX))
+        side_m = PIECE_PX * rgb.gsd_m
+        piece = replace(rgb, values=rgb.values[part], valid=rgb.valid[part])
+        return Batch((Place(side_m, side_m),), {"rgb": piece, "label": image.raster("label")})
+
+
+class Kept:
+    """A dataset in memory."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data, self.items = data, {}
+        self.codes = getattr(data, "codes", None)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Batch:
+        if index not in self.items:
+            self.items[index] = self.data[index]
+        return self.items[index]
+
+
+class Coded(Subset):
+    """Some places of a dataset that knows its classes."""
+
+    @property
+    def codes(self) -> np.ndarray:
+        return self.dataset.codes[self.indices]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """``sets`` as :func:`everysat.data.domains.domains` gives them; ``group`` is the image or place of each test place."""
+
+    sets: Mapping[str, domains.Domain]
+    group: np.ndarray
+
+
+@cache
+def scenes(root: Path) -> Setup:
+    known = rsicd.build(root=root / "rsicd")
+    every = [np.flatnonzero(known.codes == rsicd.CLASSES.index(kind)) for kind in KINDS]
+    of = {"source": np.concatenate([i[::2] for i in every]), "target": np.concatenate([i[1::2] for i in every])}
+    pieces = {name: Pieces(_some(known, index)) for name, index in of.items()}
+    held = rsicd.build(root=root / "rsicd", split="val")
+    tests = np.flatnonzero(np.isin(held.codes, [rsicd.CLASSES.index(kind) for kind in KINDS]))
+    pieces["test"] = Pieces(_some(held, tests))
+    coarse = {"bands": {"rgb": ["red"]}, "coarsen": TIMES}
+    found = domains.domains(pieces, KINDS, {"target": coarse, "test": coarse})
+    return Setup(found, found["test"].index // 4)
+
+
+def _some(data: rsicd.Scenes, index: np.ndarray) -> rsicd.Scenes:
+    return replace(data, files=tuple(data.files[i] for i in index), labels=tuple(data.labels[i] for i in index))
+
+
+@cache
+def crops(root: Path) -> Setup:
+    build = partial(dea_cropmask.build, root=root / "dea_cropmask", split="test")
+    source, target = (Kept(build(held_out=name)) for name in ("eastern", "sahel"))
+    orders = [np.random.default_rng(0).permutation(len(data)) for data in (source, target)]
+    parts = {
+        "source": Coded(source, orders[0][:2000]),
+        "target": Coded(target, orders[1][TESTED : TESTED + 2000]),
+        "test": Coded(target, orders[1][:TESTED]),
+    }
+    found = domains.domains(parts)
+    return Setup(found, found["test"].index)
+
+
+READ: dict[str, Callable[[Path], Setup]] = {"scenes": scenes, "crops": crops}
+
+
+def cell(data: str, shots: int, method: str, seed: int, folder: Path, root: Path) -> dict[str, Any]:
+    """Trains, and keeps the probabilities of all test places."""
+    setup, told, chosen = READ[data](root), SETS[data], METHODS[method]
+    protocol = chosen.get("protocol", "inductive")
+    mixed = domains.adaptation(setup.sets, shots=shots, protocol=protocol, shares=chosen["shares"], seed=seed)
+    test = setup.sets["test"]
+    shared = {"shared": told["shared"]} if chosen.get("shared") else {}
+    recipe = Recipe.parse(
+        {
+            "name": "adapt",
+            "model": {
+                "name": "domains/",
+                "statistics": "data",
+                "options": {**told["model"], "modalities": "data", **shared},
+            },
+            "data": [{"name": "domains", "options": {"protocol": protocol}}],
+            "task": {
+                "name": f"adapt/{chosen['variant']}",
+                "options": {"classes": list(test.label.bands[0].classes.values()), **told.get("task", {})},
+            },
+            "augment": told["augment"],
+            "steps": told["steps"],
+            "batch_size": EACH * sum(chosen["shares"]),
+            "lr": 1e-3,
+            "weight_decay": 0.05,
+            "warmup_steps": 20,
+            "clip": 1.0,
+            "ema": 0.98,
+            "seed": seed,
+            "workers": 0,
+            "checkpoint_every": 0,
+            "accelerator": "cpu",
+            "out": str(folder / f"run-{data}"),
+        }
+    )
+    begun = time.process_time()
+    run = train(recipe, data=[Kept(mixed)], restart=True, quiet=True)
+    seconds = time.process_time() - begun
+    with torch.no_grad():
+        said = [
+            run.objective.predict(run.objective.features(run.encoder, batch), batch).values.flatten(1)  # type: ignore[operator]
+            for batch in in_order(test, 64)
+        ]
+    shutil.rmtree(folder / f"run-{data}")
+    last = {
+        name: float(np.mean([row[name] for row in run.log[-20:]]))
+        for name in ("loss", "pseudo", "confident", "domain", "orthogonality")
+    }
+    labelled = sum(
+        len(part) for part, kind in zip(mixed.parts, mixed.labelled, strict=True) if kind and part.name == "target"
+    )
+    return {"probabilities": torch.cat(said).numpy(), "seconds": seconds, "labelled": labelled, **last}
+
+
+def main(out: Path, only: str = "") -> None:
+    root = Path(os.environ["EVERYSAT_DATA"])
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    for seed in SEEDS:
+        for data in SETS:
+            for shots in SHOTS:
+                for method in METHODS:
+                    if method in SETS[data].get("without", ()):
+                        continue
+                    name = f"{data}/{shots}/{method}/{seed}"
+                    path = out / "cells" / f"{name.replace('/', ' ')}.npz"
+                    if only in name and not path.exists():
+                        found = cell(data, shots, method, seed, out, root)
+                        np.savez(out / "cells" / f".part-{data}.npz", **found)
+                        (out / "cells" / f".part-{data}.npz").rename(path)
+                        print(
+                            name, {k: round(float(v), 3) for k, v in found.items() if k != "probabilities"}, flush=True
+                        )
+            report(out, root)
+
+
+def report(out: Path, root: Path) -> None:
+    """Tables of all finished cells."""
+    texts, numbers = [], {}
+    for data, told in SETS.items():
+        rows = []
+        for shots in SHOTS:
+            done = {m: e for m in METHODS if (e := _evaluated(data, shots, m, out, root)) is not None}
+            base = done.get("target only")
+            for method, (found, facts) in done.items():
+                score = found.score(told["score"])
+                row = {
+                    "labels per class": facts["labels"],
+                    "method": method,
+                    told["score"]: f"{score.mean:.3f} ± {score.std:.3f}",
+                }
+                row["95 %"] = f"{score.low:.3f} – {score.high:.3f}"
+                numbers[f"{data}/{shots}/{method}"] = {
+                    "mean": score.mean,
+                    "std": score.std,
+                    "low": score.low,
+                    "high": score.high,
+                    **facts,
+                }
+                if base is not None and method != "target only" and len(base[0].counts) == len(found.counts):
+                    less = found.less(base[0], told["score"])
+                    row["less target only"] = f"{less.mean:+.3f} ({less.low:+.3f} – {less.high:+.3f})"
+                    numbers[f"{data}/{shots}/{method}"]["difference"] = [less.mean, less.low, less.high]
+                row["seconds of CPU"] = round(facts["seconds"])
+                rows.append(row)
+        if rows:
+            notes = [
+                f"{len(SEEDS)} seeds: labels, order and weights; mean ± standard deviation over them; intervals resample test {'images' if data == 'scenes' else 'places'}."
+            ]
+            texts.append(Table.of(f"{data}: {told['score']} on the target's test places", rows, notes).markdown())
+    (out / "adapt.md").write_text("\n".join(texts), encoding="utf-8")
+    (out / "adapt.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
+
+def _evaluated(data: str, shots: int, method: str, out: Path, root: Path) -> tuple[Evaluation, dict[str, Any]] | None:
+    files = [path for seed in SEEDS if (path := out / "cells" / f"{data} {shots} {method} {seed}.npz").exists()]
+    if not files:
+        return None
+    setup, cells = READ[data](root), [dict(np.load(path)) for path in files]
+    test = setup.sets["test"]
+    classes = tuple(test.label.bands[0].classes.values())
+    # One place that trains, for that is what an evaluation asks for; predictions are there already.
+    label, group = torch.tensor([0, *test.code]), torch.tensor([-1, *setup.group])
+    samples = Samples(torch.zeros(len(label), 1), label, group, classes)
+    said = iter(torch.from_numpy(one["probabilities"]) for one in cells)
+    found = evaluate(samples, [([-1], sorted(set(setup.group.tolist())))] * len(cells), lambda _: next(said))
+    mean = {
+        name: float(np.mean([one[name] for one in cells]))
+        for name in ("seconds", "labelled", "confident", "pseudo", "domain", "orthogonality")
+    }
+    return found, {**mean, "labels": round(mean["labelled"] / len(classes)), "seeds": len(cells)}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
