@@ -263,16 +263,18 @@ def _squares(
         raise ValueError(f"--size-m {size_m} must be positive (metres)")
     frame = source.read(features)
     whole = read.place(frame, gsd_m=size_m) if place is None else read.place(place_of(place, size_m), gsd_m=size_m)
-    rows, columns = whole.geobox.shape
-    frame = frame.to_crs(grid.crs_of(whole.geobox).to_wkt())
+    pixels = whole.geobox
+    assert pixels is not None
+    rows, columns = pixels.shape
+    frame = frame.to_crs(grid.crs_of(pixels).to_wkt())
     index = frame.sindex
     for number in track(range(rows * columns), "Squares", quiet=quiet):
         row, column = divmod(number, columns)
-        one = grid.place_of(grid.crop(whole.geobox, slice(row, row + 1), slice(column, column + 1)))
-        near = frame.iloc[sorted(index.query(one.geobox.extent.geom))]
+        cell = grid.crop(pixels, slice(row, row + 1), slice(column, column + 1))
+        near = frame.iloc[sorted(index.query(cell.extent.geom))]
         if len(near):
-            lon, lat = one.lonlat
-            square = {"lonlat": [round(lon, 6), round(lat, 6)], "size_m": size_m}
+            one = grid.place_of(cell)
+            square = {"lonlat": [round(degrees, 6) for degrees in one.lonlat or ()], "size_m": size_m}
             yield square, Inventory(one, source.layer(near, one), smallest_m=2 * gsd_m)
 
 

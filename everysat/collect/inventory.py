@@ -303,7 +303,8 @@ def shares(raster: Raster, names: Mapping[int, str] | None = None) -> Shares:
     rows = [
         (known[int(present[i])], number[i] / number.sum(), _pixel_sector((code == present[i]) & valid)) for i in order
     ]
-    return Shares(*zip(*rows, strict=True), _borders(code, valid, known)) if rows else Shares((), (), (), ())  # type: ignore[arg-type]
+    names_, share, where = (tuple(row[i] for row in rows) for i in range(3))
+    return Shares(names_, tuple(map(float, share)), where, _borders(code, valid, known))
 
 
 def _pixel_sector(mask: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import geopandas
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import shapely
 
 from everysat.collect import records

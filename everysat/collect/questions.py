@@ -174,22 +174,27 @@ def _count(things: Inventory, draw: np.random.Generator, each: int, vocabulary: 
 def _comparison(
     things: Inventory, draw: np.random.Generator, each: int, vocabulary: tuple[Kind, ...]
 ) -> list[Question]:
-    """Numbers of things, and ground of covers; the answer is drawn first, then the order of the two, so that each is as frequent."""
+    """Numbers of things, and ground of covers; the answer is drawn first, then the two, so that each is as frequent.
+
+    The subject keeps the order of the two: nearly everywhere there are more buildings than lakes, so which of them comes first would tell the answer.
+    """
     counts = {kind: float(things.count(kind)) for kind in _countable(things.kinds) if kind in vocabulary}
     areas = {kind: things.covered_m2(kind) for kind in things.kinds if kind.cover and kind.mass and kind in vocabulary}
     pairs = [("count", a, b) for a in counts for b in counts if counts[a] > counts[b]]
     pairs += [("area", a, b) for a in areas for b in areas if areas[a] > 1.2 * areas[b]]
-    made = []
+    start = int(draw.integers(2))
+    made: list[Question] = []
     for i in draw.permutation(len(pairs))[:each]:
         how, more, less = pairs[i]
-        yes, turned = bool(len(made) % 2), bool(draw.integers(2))
-        first, second = (more, less) if yes != (turned and how == "count") else (less, more)
+        yes, turned = bool((start + len(made)) % 2), bool(draw.integers(2)) and how == "count"
+        one, other = (more, less) if yes else (less, more)  # is there more of one than of the other?
         if how == "area":
-            text = _worded("larger", draw, thing=first.name, other=second.name)
+            text = _worded("larger", draw, thing=one.name, other=other.name)
+        elif turned:
+            text = _worded("fewer", draw, things=other.many, others=one.many)
         else:
-            text = _worded("fewer" if turned else "comparison", draw, things=first.many, others=second.many)
-        subject = f"{how}: {' and '.join(sorted((more.name, less.name)))}"
-        made.append(Question(text, YES_NO[not yes], "comparison", subject))
+            text = _worded("comparison", draw, things=one.many, others=other.many)
+        made.append(Question(text, YES_NO[not yes], "comparison", f"{how}: more {one.name} than {other.name}"))
     return made
 
 
