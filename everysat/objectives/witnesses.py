@@ -33,6 +33,8 @@ EARTH_M = 6_371_008.8
 """Mean radius of the Earth (IUGG)."""
 LIKENESS = 0.1
 """Temperature of the attention of words to cells."""
+BARE = "precision_average"
+"""How sets are fused whose errors are measured: beside a prior, saying nothing would make means, and so their differences, as small as wanted."""
 PAIRS = 256
 """Pairs of places, one inside the other, that the inclusion of a batch is measured at."""
 
@@ -114,7 +116,9 @@ class WitnessAlignment(Objective):
                 f"scale={scale} must be above 0, most_cells={most_cells} at least 1, near_m={near_m} not below 0 (metres)"
             )
         own, images = inner.own, bool(inner.config["backbone"])
-        widths = dict.fromkeys([*inner.members, *(["shared"] if images and own.heads == "shared" else [])], inner.backbone.dim)
+        widths = dict.fromkeys(
+            [*inner.members, *(["shared"] if images and own.heads == "shared" else [])], inner.backbone.dim
+        )
         widths |= {"text": own.text.vector} if own.text else {}
         widths |= {"shapes": own.shapes.words.vector} if own.shapes else {}
         widths |= {"location": 3} if own.location else {}
@@ -169,7 +173,7 @@ class WitnessAlignment(Objective):
         terms = {
             "match": (sides[0] + sides[1]) / 2,
             "prior": global_mean(divergence(Gaussian(mine.mean, mine.log_var, mine.there))[mine.there]),
-            "agreement": global_mean(disagreement(still.fused(fusion, first), still.fused(fusion, second))),
+            "agreement": global_mean(disagreement(still.fused(BARE, first), still.fused(BARE, second))),
             "inclusion": global_mean(F.softplus(-containment(every, a))) + self._nested(every, batch, chosen),
         }
         if self.decoders:
