@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,5 +194,28 @@ def test_a_model_for_any_sensor_takes_files_of_one_that_it_never_saw(family: str
     with rasterio.open(tmp_path / "f.tif") as file:
         assert (file.count, file.shape, file.res) == (model.dim, (6, 8), (40.0, 40.0))
         assert np.isfinite(file.read()).all()
+    if family == "ramen":
+        _has_confidence(model, tmp_path, options)
     refused = everysat("embed", tmp_path / "m.safetensors", tmp_path / "a.tif", *options[:2], "-o", tmp_path / "g.tif")
     assert refused.returncode == 2  # by default, only what the contract lists
+
+
+def _has_confidence(model: Any, folder: Path, options: list[Any]) -> None:
+    """With Gaussian heads there is a map of how sure they are; without, the error says how to get one."""
+    import numpy as np
+    import rasterio
+
+    from everysat.models import prommrs, weights
+
+    weights.save(folder / "sure.safetensors", prommrs.wrap(model, dim=4))
+    files = [folder / "a.tif", *options, "-o", folder / "s.tif", "--confidence", "--quiet"]
+    done = everysat("embed", folder / "sure.safetensors", *files)
+    assert done.returncode == 0, done.stderr
+    with rasterio.open(folder / "s-confidence.tif") as file, rasterio.open(folder / "s.tif") as features:
+        assert (file.count, file.shape, features.count) == (1, (6, 8), 4)
+        assert file.descriptions == ("confidence",)
+        assert (file.read() > 0).all()
+        assert np.isfinite(file.read()).all()
+    refused = everysat("embed", folder / "m.safetensors", *files)
+    assert refused.returncode == 2
+    assert "model.probabilistic" in refused.stderr

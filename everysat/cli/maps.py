@@ -105,6 +105,12 @@ def embed(
         str | None,
         typer.Option(help="of .zarr and .parquet: int8-linear/1 (default), float32/1, binary/1, pca-int8/1 ..."),
     ] = None,
+    confidence: Annotated[
+        bool,
+        typer.Option(
+            "--confidence", help="also OUT-confidence.tif: how sure a probabilistic encoder is, in nats per dimension"
+        ),
+    ] = False,
     window_m: WindowM = None,
     blend: Blend = False,
     min_valid: MinValid = 0.0,
@@ -134,7 +140,22 @@ def embed(
         mapper = polygons.dense(encoder, polygons.token_m(encoder), chip_m=chip_m)
     facts = _facts(model, scene)
     options = {"window_m": window_m, "blend": blend, "min_valid": min_valid, "workers": workers, "cluster": cluster}
+    sure = _confidence(mapper) if confidence else None
     _run(mapper, scene, out, quantiser=quantiser, facts=facts, quiet=quiet, **options)
+    if sure is not None:
+        _run(sure, scene, out.with_name(f"{out.stem}-confidence.tif"), facts=facts, quiet=quiet, **options)
+
+
+def _confidence(mapper: Any) -> Any:
+    """The mapper of how sure the encoder of ``mapper`` is."""
+    from everysat.nn.confidence import confidence
+    from everysat.nn.mappers import Dense
+
+    if not isinstance(mapper, Dense) or not hasattr(mapper.encoder, "witnesses"):
+        raise ValueError(
+            "--confidence is for .zarr and .tif from an encoder with Gaussian features: train it with model.probabilistic set to true"
+        )
+    return confidence(mapper)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from everysat.nn.gaussian import information
 from everysat.nn.mappers import Dense
@@ -39,6 +38,6 @@ class Confidence(Dense):
         return ("confidence",)
 
 
-def confidence(encoder: Encoder, gsd_m: float, token_m: float, **options: Any) -> Confidence:
-    """The mapper of an encoder's confidence, for :func:`everysat.predict.predict`."""
-    return Confidence(encoder, gsd_m, token_m, embed=Informed(encoder), dim=1, **options)
+def confidence(mapper: Dense) -> Confidence:
+    """The mapper of how sure an encoder is where ``mapper`` maps its features, for :func:`everysat.predict.predict`."""
+    return Confidence(**{**vars(mapper), "embed": Informed(mapper.encoder), "dim": 1})

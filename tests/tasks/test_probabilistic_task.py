@@ -196,7 +196,7 @@ def test_a_map_of_confidence_is_the_information_of_each_pixel(encoder, generator
     import rasterio
 
     batch = scene(generator)
-    mapper = confidence(encoder, 20.0, 20.0)
+    mapper = confidence(Dense(encoder, 20.0, 20.0))
     image = mapper(batch)
     assert image.shape == (1, 1, 8, 8)
     features = encoder.embed(batch)
