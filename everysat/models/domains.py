@@ -26,6 +26,8 @@ from everysat.nn.cells import cells_at
 from everysat.nn.inputs import InputConfig
 from everysat.types import Batch, Coords, Encoder, Features, Input, Tokens
 
+SPLITS = ("halves", "projected")
+
 
 class Spec(BaseModel):
     """``family`` and ``config`` of a domain's encoder; its modalities stand beside it, where everything looks for them."""

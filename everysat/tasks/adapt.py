@@ -251,7 +251,7 @@ def turned(batch: Batch, generator: torch.Generator) -> Batch:
         for part in (values, valid):
             flip = flips[of_obs].to(part.device)
             part[flip] = part[flip].flip(3)
-            for times in (1, 2, 3):
+            for times in (1, 2, 3) if square else ():
                 mine = (turns[of_obs] == times).to(part.device)
                 part[mine] = part[mine].rot90(times, (2, 3))
         layers[name] = replace(raster, values=values, valid=valid, var=None)
