@@ -30,7 +30,7 @@ FINE = (
     "distill_fuel_moisture",
 )
 PRE = ("anysat_geoplex", "ramen_pretrain")
-ALONE = ("simplesat_pretrain",)
+ALONE = ("simplesat_pretrain", "georeset_rsicd")
 ON_REAL_DATA = ("berlin", "anysat_berlin", "anysat_joint", "anysat_new_sensor", "ramen_berlin", "atomizer_berlin")
 
 

@@ -12,8 +12,11 @@ import torch
 from layered_encoder import NAMES, LayeredEncoder, layered_batch
 from shapely.geometry import LineString, Point, box
 
+from everysat.data import rsicd
 from everysat.models import geoclip, georeset, weights
 from everysat.nn.gaussian import Gaussian, divergence, expected_match
+from everysat.recipe import Recipe
+from everysat.train import train
 from everysat.types import Batch, ContractError, Place, Text, Vector
 
 WORDS = {"encoder": "letters", "vector": 26, "hidden": 24}
@@ -309,3 +312,22 @@ def test_nothing_outside_is_needed_until_text_is_read() -> None:
     """A model that reads text is built, saved and used for images without the text encoder."""
     model = georeset.build("nano", text={"encoder": "not.installed"})
     assert math.isfinite(float(model.embed(Batch((Place(40.0, 40.0, lonlat=(1.0, 2.0)),))).summary.sum()))
+
+
+def test_the_recipe_of_scenes_and_sentences_runs(tmp_path) -> None:
+    """On a made-up set in the published format, with a smaller image encoder and letters for words."""
+    rsicd.fake(tmp_path / "rsicd", places=6)
+    smaller = [
+        "model.options.encoder.options.width=4",
+        "model.options.dim=8",
+        f"model.options.text={json.dumps(WORDS)}",
+    ]
+    shorter = ["steps=2", "batch_size=4", "warmup_steps=0", "augment.crop_m=40", "ema=null", "precision=fp32"]
+    where = [f"data.0.options.root={tmp_path / 'rsicd'}", f"out={tmp_path / 'run'}"]
+    run = train(Recipe.load("georeset_rsicd", [*smaller, *shorter, *where]), quiet=True)
+    assert run.log[-1]["cells"] > 0
+    encoder = weights.load(run.weights)
+    assert encoder.config["modalities"]["rgb"]["mean"] != [0.0, 0.0, 0.0]
+    assert encoder.bias == pytest.approx(-6.0, abs=0.1)
+    batch = rsicd.build("captions", root=tmp_path / "rsicd", split="val")[0]
+    assert encoder.place(batch.without("label")).observed.all()
