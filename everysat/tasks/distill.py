@@ -141,14 +141,12 @@ class Distill(Task):
             index = w.observed.nonzero()[:, 0]
             return index, torch.stack([index, 0 * index, 0 * index], 1)
         coords, most = w.features.coords, self.config["cells"]
-        keys = torch.cat([coords.row[:, None], coords.cells()], 1)
-        if len(keys) > most:
-            fixed = torch.Generator().manual_seed(generator.initial_seed() % 2**63)  # alike for all modalities
-            row = coords.row + row_offset(len(batch), coords.row.device)
-            noise = uniform(fixed, row.cpu(), (keys[:, 1] * (1 << 24) + keys[:, 2]).cpu()).to(keys.device)
-            index = noise.argsort()[:most].sort().values
-            return index, keys[index]
-        return torch.arange(len(keys), device=keys.device), keys
+        keys = _keys(coords)
+        row = coords.row + row_offset(len(batch), coords.row.device)
+        fixed = torch.Generator().manual_seed(generator.initial_seed())  # alike for all modalities
+        noise = uniform(fixed, row.cpu(), (keys[:, 1] * (1 << 24) + keys[:, 2]).cpu()).to(keys.device)
+        index = noise.argsort()[:most].sort().values
+        return index, keys[index]
 
     # --- teachers -----------------------------------------------------------------------------------------------------
 
@@ -161,6 +159,12 @@ class Distill(Task):
         if task.sensor.names != self.sensor.names:
             raise ValueError(
                 f"the teacher predicts {', '.join(task.sensor.names)}, this task {', '.join(self.sensor.names)}: they must be the same, in the same order"
+            )
+        mine, its = (one.config.get("gsd_m") for one in (self._task(next(iter(self.tasks))), task))
+        if mine != its:
+            raise ValueError(
+                f"the teacher predicts {'places' if its is None else f'pixels of {its:g} m'}, this task {'places' if mine is None else f'pixels of {mine:g} m'}: "
+                "give both the same gsd_m"
             )
         self.__dict__["teacher"] = (encoder.eval().requires_grad_(False), task.eval().requires_grad_(False))
 

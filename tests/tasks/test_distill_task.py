@@ -14,7 +14,7 @@ from everysat.nn.distill import feature_distillation, logit_distillation
 from everysat.recipe import Recipe
 from everysat.tasks import distill
 from everysat.train import train
-from everysat.types import Batch
+from everysat.types import Batch, Features
 
 ENCODER = {
     "name": "omnisat/",
@@ -88,11 +88,12 @@ def test_costs_are_those_of_the_tasks_below(model, generator) -> None:
     torch.testing.assert_close(terms["loss"], torch.stack(each).mean())
 
 
-@pytest.mark.parametrize("variant", ["discom", "contrast"])
+@pytest.mark.parametrize("variant", ["discom", "contrast", "solved"])
 @pytest.mark.parametrize("below", [PIXEL, PLACE, VALUE], ids=["pixel", "place", "value"])
 def test_every_task_learns_and_every_parameter_has_a_gradient(model, below, variant, generator) -> None:
     batch = batch_of(below)
-    task = distill.build(variant, encoder=model, task=below, cells=64)
+    chosen = {"variant": "discom", "adversary": "solved"} if variant == "solved" else {"variant": variant}
+    task = distill.build(**chosen, encoder=model, task=below, cells=64)
     task.train()
     model.train()
     terms = task(model, batch, generator)
@@ -260,14 +261,21 @@ def test_a_run_resumes_and_its_students_are_models_of_their_own(tmp_path, teache
         assert list(encoder.inputs) == [name]
         alone, before = (t.predict(e.embed(batch.only(name))) for e, t in ((encoder, task), (student, own)))
         torch.testing.assert_close(alone.values, before.values)
-    task.train()
+    said = encoder.embed(batch)
     with pytest.raises(ValueError, match="is about several students"):
-        run.objective.predict(encoder.embed(batch.only("radar")).__class__.__base__(*_plain(encoder, batch)))
+        run.objective.predict(Features(said.mean, said.coords, said.summary, said.places))
 
 
-def _plain(encoder, batch):
-    features = encoder.embed(batch)
-    return features.mean, features.coords, features.summary, features.places
+def test_a_task_from_a_file_lacks_its_teacher(tmp_path, model, teacher, generator) -> None:
+    options = {"encoder": model, "task": PLACE}
+    task = distill.build("features", teacher=str(teacher["classify/place"]), **options)
+    encoder, again = weights.load_task(weights.save(tmp_path / "a.safetensors", model, task))
+    batch = batch_of(PLACE)
+    torch.testing.assert_close(
+        again.predict(encoder.embed(batch)).values, task.eval().predict(model.embed(batch)).values
+    )
+    with pytest.raises(ValueError, match="without its teacher"):
+        again.train()(encoder, batch, generator)
 
 
 def test_what_does_not_fit_is_refused(model, teacher) -> None:
@@ -283,6 +291,9 @@ def test_what_does_not_fit_is_refused(model, teacher) -> None:
         ("discom", {"weights": {"modal": 1.0}}, LookupError, "Did you mean modality"),
         ("discom", {"temperature": 0.0}, ValueError, "temperature"),
         ("discom", {"encoder": plain}, ValueError, "take the model students"),
+        ("discom", {"adversary": "solve"}, LookupError, "Did you mean solved"),
+        ("discom", {"adversary": "solved", "released": True}, ValueError, "its learned adversary"),
+        ("logits", {"teacher": file, "task": PIXEL}, ValueError, "predicts places, this task pixels of 10 m"),
         ("logits", {"teacher": file, "task": {"name": "classify/place", "options": {"classes": ["a", "b"]}}}, ValueError, "in the same order"),
     ):  # fmt: skip
         with pytest.raises(error, match=words):
