@@ -11,6 +11,8 @@ import shapely.affinity
 import torch
 from shapely.geometry import LineString, MultiPoint, MultiPolygon, Point, Polygon, box
 
+from everysat.data import berlin
+from everysat.io.vector import load_frame
 from everysat.nn.shapes import ShapeSet, Spectra, features, frequencies, said, transform
 from everysat.types import Batch, Place, Vector
 
@@ -218,3 +220,23 @@ def test_polygons_that_cross_themselves_give_no_huge_numbers() -> None:
     found = features(vector, PLACES[:1], FREQUENCY, Letters())
     assert found.form.abs().max() < 3
     assert (found.tags == 0).all()
+
+
+def test_land_use_of_a_real_town() -> None:
+    """Polygons of OpenStreetMap near Berlin, some with holes and thousands of vertices: areas, and one transform against a sum over squares."""
+    try:
+        path = berlin.polygons()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    frame = load_frame(path)
+    frame = frame.to_crs(frame.estimate_utm_crs())
+    shapes = [shapely.affinity.translate(shape, -390_000, -5_800_000) for shape in frame.geometry[:80]]
+    frequency = frequencies(5000.0, 100.0, 3)
+    found = transform(shapes, frequency)
+    torch.testing.assert_close(found.measure, torch.tensor([shape.area for shape in shapes], dtype=torch.float64))
+    assert (found.values.abs() <= found.measure[:, None] * (1 + 1e-9)).all()
+    holed = max(
+        (s for s in shapes if shapely.get_num_interior_rings(shapely.get_parts(s)).sum()), key=lambda s: -s.area
+    )
+    expected = summed(holed, frequency, math.sqrt(holed.area) / 150)
+    torch.testing.assert_close(of(holed, frequency).values[0], expected, rtol=0, atol=1e-2 * holed.area)
