@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from everysat.evaluate import Samples, evaluate, results_table
+from everysat.evaluate import HOW, Samples, evaluate, results_table
 from everysat.nn.probe import fit_linear
 from everysat.nn.scores import SCORES
 from everysat.table import Table
@@ -222,3 +222,21 @@ def test_values_held_out_choose_the_strength():
     )
     chosen = [evaluate(of, [(*draw, list(range(20, 40)))], "probe").fitted[0].strength for of in (values, away)]
     assert chosen == [1e-4, 0.1]
+
+
+def test_a_draw_that_comes_twice_is_fitted_once(monkeypatch):
+    torch.manual_seed(0)
+    samples = Samples(torch.randn(60, 3), torch.randint(2, (60,)), torch.arange(60), ("a", "b"))
+    first, second = (list(range(40)), list(range(40, 60))), (list(range(20)), list(range(40, 60)))
+    fitted = []
+
+    def fit(*args, seed, **options):
+        fitted.append(seed)
+        return fit_linear(*args, seed=seed, **options)
+
+    monkeypatch.setitem(HOW["classes"], "probe", fit)
+    found = evaluate(samples, [first, second, first], "probe")
+    assert fitted == [0, 1]
+    assert len(found.counts) == len(found.groups) == len(found.confidence) == len(found.correct) == 3
+    assert torch.equal(found.counts[0], found.counts[2])
+    assert not torch.equal(found.confidence[0], found.confidence[1])
