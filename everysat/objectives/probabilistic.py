@@ -22,7 +22,7 @@ from everysat.find import suggest
 from everysat.nn.corruption import corrupted, standard_normal
 from everysat.nn.draws import uniform
 from everysat.nn.gather import gather_rows, global_mean, row_offset
-from everysat.nn.gaussian import Gaussian, containment, divergence, expected_match
+from everysat.nn.gaussian import Gaussian, containment, disagreement, divergence, expected_match
 from everysat.nn.ragged import ordinal
 from everysat.types import Batch, Encoder, Objective
 
@@ -39,14 +39,6 @@ def sigmoid_match(a: Gaussian, b: Gaussian, scale: Tensor, bias: Tensor) -> Tens
             logits.shape[1], device=logits.device
         )
         return global_mean(F.softplus(torch.where(own, -logits, logits)).sum(1))
-
-
-def disagreement(a: Gaussian, b: Gaussian) -> Tensor:
-    """-log density, mean over dimensions, of the difference between the means of ``a`` and ``b`` [n, dim] if both are the same vector, each with an
-    error of its own: N(0, var_a + var_b). Least where variances are the mean squared errors (Kendall and Gal 2017)."""
-    log_var = torch.logaddexp(a.log_var, b.log_var)
-    scaled = (a.mean - b.mean).square() * (-log_var).exp()
-    return 0.5 * (math.log(2 * math.pi) + log_var + scaled).mean(-1)
 
 
 def two_sets(there: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

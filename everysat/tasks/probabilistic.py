@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everysat.find import find
 from everysat.nn.corruption import corrupted
-from everysat.nn.gaussian import Gaussian, divergence
+from everysat.nn.gaussian import Gaussian, disagreement, divergence
 from everysat.types import Batch, Encoder, Features, Raster, Task, Tokens
 
 
@@ -40,8 +40,9 @@ class Probabilistic(Task):
         return self.task.features(encoder, batch)
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """The loss of the task on one sample of the features, and ``prior``, their divergence from N(0, 1) per dimension (Alemi et al. 2017)."""
-        sampled: Any = _Sampled(encoder, generator)
+        """The loss of the task on one sample of the features; ``prior``, their divergence from N(0, 1) per dimension (Alemi et al. 2017); and ``agreement``,
+        by which the variances of each modality learn how far its mean is from what the others say (Kendall and Gal 2017), where two saw the same."""
+        sampled: Any = _Sampled(encoder, generator, agreement=self.config["agreement"] > 0)
         if self.config["corruption"]:
             seen = encoder.known(batch.without(self.target))
             batch = replace(
@@ -49,8 +50,9 @@ class Probabilistic(Task):
                 layers={**batch.layers, **corrupted(seen, encoder.inputs, self.config["corruption"], generator).layers},
             )
         terms = self.task(sampled, batch, generator)
-        prior = sampled.divergence
-        return {**terms, "loss": terms["loss"] + self.config["prior"] * prior, "prior": prior.detach()}
+        own = {"prior": sampled.divergence, "agreement": sampled.agreement}
+        loss = terms["loss"] + torch.stack([self.config[name] * term for name, term in own.items()]).sum()
+        return {**terms, "loss": loss, **{name: term.detach() for name, term in own.items() if self.config[name]}}
 
     @torch.no_grad()
     def predict(self, features: Features, batch: Batch | None = None) -> Raster:
@@ -77,9 +79,9 @@ class Probabilistic(Task):
 class _Sampled:
     """In place of an encoder, for one step: its features are a sample of what the encoder says."""
 
-    def __init__(self, encoder: Encoder, generator: torch.Generator) -> None:
-        self._encoder, self._generator = encoder, generator
-        self.divergence = torch.zeros(())
+    def __init__(self, encoder: Encoder, generator: torch.Generator, *, agreement: bool) -> None:
+        self._encoder, self._generator, self._agree = encoder, generator, agreement
+        self.divergence, self.agreement = torch.zeros(()), torch.zeros(())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
@@ -88,6 +90,9 @@ class _Sampled:
         features = self._encoder(tokens)
         if features.var is None or features.summary_var is None:
             return features
+        if self._agree:
+            said: Any = self._encoder
+            self.agreement = torch.stack([_agreement(each, said.fusion) for each in said.witnesses(tokens)[1:]]).mean()
         means, variances = (features.mean, features.summary), (features.var, features.summary_var)
         noise = [torch.randn(mean.shape, generator=self._generator).to(mean.device) for mean in means]
         parts = [
@@ -96,6 +101,24 @@ class _Sampled:
         ]
         self.divergence = torch.stack(parts).mean()
         return _drawn(features, *noise)
+
+
+def _agreement(said: Any, fusion: str) -> Tensor:
+    """:func:`disagreement` of each modality with the others together, mean over modalities and cells (or places) that two saw; means learn nothing."""
+    total, count = said.mean.new_zeros(()), 0
+    for index in range(said.there.shape[1]):
+        others = said.there.clone()
+        others[:, index] = False
+        both = said.there[:, index] & others.any(1)
+        rest = said.fused(fusion, others)
+        seen = torch.ones_like(both)
+        own, rest = (
+            Gaussian(said.mean[:, index].detach(), said.log_var[:, index], seen),
+            Gaussian(rest.mean.detach(), rest.log_var, seen),
+        )
+        total = total + disagreement(own[both], rest[both]).sum()
+        count += int(both.sum())
+    return total / max(count, 1)
 
 
 def _drawn(features: Features, of_tokens: Tensor, of_places: Tensor) -> Features:
@@ -114,6 +137,7 @@ def build(
     samples: int = 8,
     prior: float = 1e-3,
     corruption: float = 0.0,
+    agreement: float = 0.0,
     gsd_m: float | None = None,
 ) -> Probabilistic:
     """A task on a probabilistic encoder.
@@ -123,6 +147,7 @@ def build(
         samples: of the features, that a prediction is averaged over; even, each with its mirror image.
         prior: weight of the features' divergence from N(0, 1).
         corruption: share of the training places whose layer is full of noise, of each layer, see :func:`everysat.nn.corruption.corrupted`.
+        agreement: weight of the loss that teaches variances how far modalities are apart, such as 0.1.
         gsd_m: pixel of the target; that of the task's own options.
 
     Raises:
@@ -136,9 +161,9 @@ def build(
         raise ValueError(
             f"task probabilistic is for Gaussian features, {encoder.family} gives none: set model.probabilistic to true"
         )
-    if samples < 2 or samples % 2 or prior < 0 or not 0 <= corruption < 1:
+    if samples < 2 or samples % 2 or prior < 0 or not 0 <= corruption < 1 or agreement < 0:
         raise ValueError(
-            f"samples={samples} must be even, 2 or more, prior={prior} not negative, and corruption={corruption} at least 0 and below 1"
+            f"samples={samples} must be even, 2 or more, prior={prior} and agreement={agreement} not negative, and corruption={corruption} at least 0 and below 1"
         )
     if "name" not in task or set(task) - {"name", "options"}:
         raise ValueError(f"task={dict(task)!r} must say what to predict, as {{name: classify/place, options: {{...}}}}")
@@ -155,6 +180,7 @@ def build(
         "samples": samples,
         "prior": prior,
         "corruption": corruption,
+        "agreement": agreement,
         "gsd_m": below.config.get("gsd_m"),
     }
     return Probabilistic(below, encoder.dim, config)

@@ -11,9 +11,9 @@ from layered_encoder import NAMES, LayeredEncoder, layered_batch, of_places
 
 from everysat.models import prommrs
 from everysat.nn.corruption import corrupted
-from everysat.nn.gaussian import Gaussian, expected_match
+from everysat.nn.gaussian import Gaussian, disagreement, expected_match
 from everysat.nn.risk import auroc
-from everysat.objectives.probabilistic import build, disagreement, sigmoid_match, two_sets
+from everysat.objectives.probabilistic import build, sigmoid_match, two_sets
 
 
 def gaussian(n, generator) -> Gaussian:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,32 @@ def test_a_map_of_classes_has_marginal_confidence(encoder, generator, tmp_path) 
     assert int(there.sum()) == 60
     torch.testing.assert_close(shown[there], expected[there], atol=0.51, rtol=0)
     assert (shown[~there] > 100).all()
+
+
+def test_agreement_teaches_variances_alone_and_needs_two_modalities(encoder, generator) -> None:
+    batch, _ = layered_batch(4, generator)
+    label = of_places(NAMES[0], torch.tensor([0.0, 1.0, 1.0, 0.0]).view(4, 1, 1, 1).expand(4, 4, 1, 1))
+    sensor = Sensor("labels", "classes", (Band("label", 40, "class"),), "made")
+    batch = batch.adding(
+        label=replace(label, sensor=sensor, values=label.values[:, :1], valid=label.valid[:, :1], gsd_m=40.0)
+    )
+    task = build(encoder=encoder, task=PLACE, agreement=1.0)
+    head = encoder.place_heads[next(iter(encoder.inputs))]
+
+    def found(batch: Batch, weight: float) -> tuple[Any, Any]:
+        task.config["agreement"] = weight
+        terms = task(encoder, batch, torch.Generator().manual_seed(1))
+        return terms, torch.autograd.grad(terms["loss"], [head.mean.weight, head.spread.weight])
+
+    (without, (mean, spread)), (terms, (mean_too, spread_too)) = found(batch, 0.0), found(batch, 1.0)
+    assert set(terms) - set(without) == {"agreement"}
+    assert float(terms["agreement"]) != 0
+    assert torch.equal(mean, mean_too)
+    assert not torch.allclose(spread, spread_too)
+    alone = batch.only(next(iter(encoder.inputs)), task.target)
+    assert float(found(alone, 1.0)[0]["agreement"]) == 0
+    with pytest.raises(ValueError, match="agreement=-1 not negative"):
+        build(encoder=encoder, task=PLACE, agreement=-1)
 
 
 def test_confidence_needs_variances(generator) -> None:
