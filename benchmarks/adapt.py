@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,15 @@ SHOTS, SEEDS = (5, 25, 100), (0, 1, 2)
 TESTED = 1000
 METHODS: dict[str, dict[str, Any]] = {
     "target only": {"variant": "target_only", "shares": (0, 1, 0)},
+    "SHeDD, inductive": {"variant": "shedd", "shares": (1, 1, 1)},
+    "SHeDD, transductive": {"variant": "shedd", "shares": (1, 1, 1), "protocol": "transductive"},
     "FixMatch, target alone": {"variant": "fixmatch", "shares": (0, 1, 1)},
     "source and target": {"variant": "source_target", "shares": (1, 1, 0)},
-    "SHeDD, inductive": {"variant": "shedd", "shares": (1, 1, 1)},
     "SHeDD, inductive, shared parts": {"variant": "shedd", "shares": (1, 1, 1), "shared": True},
-    "SHeDD, transductive": {"variant": "shedd", "shares": (1, 1, 1), "protocol": "transductive"},
 }
 EACH = 16
 """Places of each kind in a step."""
-RESNET = {"name": "resnet/", "options": {"width": 8}}
+RESNET = {"name": "resnet/", "options": {"width": 8, "blocks": [1, 1, 1, 1]}}
 OMNISAT = {
     "patch_m": 10,
     "grid": 1,
@@ -78,7 +79,10 @@ OMNISAT = {
 SETS: dict[str, dict[str, Any]] = {
     "scenes": {
         "model": {
-            "encoders": {"source": {"name": "resnet/", "options": {"width": 8, "stem": "large"}}, "target": RESNET}
+            "encoders": {
+                "source": {"name": "resnet/", "options": {"width": 8, "blocks": [1, 1, 1, 1], "stem": "large"}},
+                "target": RESNET,
+            }
         },
         "augment": {"flip": True, "turn": True},
         "steps": 150,
@@ -88,7 +92,7 @@ SETS: dict[str, dict[str, Any]] = {
     "crops": {
         "model": {"encoder": {"name": "omnisat/", "options": OMNISAT}, "split": "projected", "dim": 64},
         "augment": {"drop_dates": 0.1},
-        "steps": 100,
+        "steps": 150,
         "shared": ["projectors", "cross", "blocks"],
         "score": "balanced_accuracy",
         "without": ["SHeDD, transductive"],
@@ -206,7 +210,7 @@ def cell(data: str, shots: int, method: str, seed: int, folder: Path, root: Path
             "augment": told["augment"],
             "steps": told["steps"],
             "batch_size": EACH * sum(chosen["shares"]),
-            "lr": 1e-3,
+            "lr": 3e-3,
             "weight_decay": 0.05,
             "warmup_steps": 20,
             "clip": 1.0,
@@ -240,22 +244,17 @@ def cell(data: str, shots: int, method: str, seed: int, folder: Path, root: Path
 def main(out: Path, only: str = "") -> None:
     root = Path(os.environ["EVERYSAT_DATA"])
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    for seed in SEEDS:
-        for data in SETS:
-            for shots in SHOTS:
-                for method in METHODS:
-                    if method in SETS[data].get("without", ()):
-                        continue
-                    name = f"{data}/{shots}/{method}/{seed}"
-                    path = out / "cells" / f"{name.replace('/', ' ')}.npz"
-                    if only in name and not path.exists():
-                        found = cell(data, shots, method, seed, out, root)
-                        np.savez(out / "cells" / f".part-{data}.npz", **found)
-                        (out / "cells" / f".part-{data}.npz").rename(path)
-                        print(
-                            name, {k: round(float(v), 3) for k, v in found.items() if k != "probabilities"}, flush=True
-                        )
-            report(out, root)
+    for shots in SHOTS:
+        for seed in SEEDS:
+            for data, method in product(SETS, METHODS):
+                name = f"{data}/{shots}/{method}/{seed}"
+                path = out / "cells" / f"{name.replace('/', ' ')}.npz"
+                if only in name and not path.exists() and method not in SETS[data].get("without", ()):
+                    found = cell(data, shots, method, seed, out, root)
+                    np.savez(out / "cells" / f".part-{data}.npz", **found)
+                    (out / "cells" / f".part-{data}.npz").rename(path)
+                    print(name, {k: round(float(v), 3) for k, v in found.items() if k != "probabilities"}, flush=True)
+        report(out, root)
 
 
 def report(out: Path, root: Path) -> None:
