@@ -149,7 +149,7 @@ def geoparse(
     quiet: Quiet = False,
 ) -> None:
     """The places that texts name: coordinates, probability, radius of the doubt."""
-    from everysat.collect import gazetteer, records
+    from everysat.collect import gazetteer, geonames, records
     from everysat.progress import track
 
     if texts.suffix in records.SUFFIXES:
@@ -157,13 +157,13 @@ def geoparse(
         some, licences = [(a.source, a.text) for a in articles], sorted({a.licence for a in articles})
     else:
         some, licences = [(texts.name, texts.read_text(encoding="utf-8"))], [licence]
-    places = gazetteer.geonames(least_population)
+    places = geonames.load(least_population)
     entities = gazetteer.spacy_places(spacy) if spacy else None
     rows = [(name, places.geoparse(text, entities=entities)) for name, text in track(some, "Texts", quiet=quiet)]
     if out is None:
         _show_toponyms(rows)
         return
-    facts = {"source": str(texts), "gazetteer": f"{gazetteer.ATTRIBUTION}, {gazetteer.LICENCE}"}
+    facts = {"source": str(texts), "gazetteer": f"{geonames.ATTRIBUTION}, {geonames.LICENCE}"}
     lines = [{"source": name, "toponyms": [_toponym(t) for t in found]} for name, found in rows]
     _write_lines(lines, out, "; ".join(licences), **facts)
     print(f"{out}: {sum(len(found) for _, found in rows)} names in {len(rows)} texts")

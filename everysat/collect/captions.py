@@ -142,8 +142,11 @@ def share_words(share: float) -> str:
 
 
 def things_words(kind: Kind, count: int) -> str:
+    """Things with their number; lines are not counted, for maps cut them into pieces."""
     if kind.mass:
         return kind.name
+    if kind.shape == "line":
+        return kind.one if count == 1 else kind.many
     return kind.one if count == 1 else f"{number_words(count)} {kind.many}"
 
 
@@ -169,10 +172,15 @@ def _scene(things: Inventory, draw: np.random.Generator) -> list[str]:
     ]
 
 
+def _notable(things: Inventory) -> list[Kind]:
+    """What is there and not just a rest at the edge."""
+    return [kind for kind in things.kinds if not kind.cover or things.share(kind) >= LEAST_SHARE]
+
+
 def _telling(things: Inventory) -> list[Kind]:
     """What distinguishes the place, first: single landmarks before what there is everywhere."""
     common = {"building", "road", "main road", "track", "car park", "grassland", "water", "stream"}
-    return sorted(things.kinds, key=lambda kind: (kind.name in common, kind.cover, things.count(kind)))
+    return sorted(_notable(things), key=lambda kind: (kind.name in common, kind.cover, things.count(kind)))
 
 
 def _covers(things: Inventory, draw: np.random.Generator) -> list[str]:
@@ -204,7 +212,7 @@ def _singular(template: str, kind: Kind, things: Inventory) -> str:
 
 def _places(things: Inventory, draw: np.random.Generator) -> list[str]:
     facts = []
-    for kind in things.kinds:
+    for kind in _notable(things):
         if (kind.mass or things.count(kind) == 1) and (where := things.sector(kind)):
             facts.append(_filled(_one(CENTRES if where == "centre" else PLACES, draw), thing=kind.one, sector=where))
     return facts

