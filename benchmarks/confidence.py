@@ -81,6 +81,8 @@ def _tested(run: Run, **wrong: Any) -> dict[str, Any]:
     for index in range(len(tiles)):
         place, clean = tests[index], tiles[index]
         features = run.encoder.embed(place)
+        if not len(features.coords):  # nothing of it was observed
+            continue
         chances, label = task.pairs(task.predict(features, place), place)
         sure.append(chances.amax(1))
         right.append(chances.argmax(1) == label)
