@@ -235,13 +235,31 @@ def _line(scores: dict[str, Score], shares: Sequence[str]) -> tuple[list[float],
     )
 
 
+def page(suite: Suite, results: Sequence[Result]) -> str:
+    """All tables as a page of Markdown, with a heading for each dataset, and what computing them took."""
+    parts = [f"# {suite.title or suite.name}", suite.about]
+    for title, (main, *subsets) in by_dataset(suite, results):
+        parts += [
+            f"## {title}",
+            *(
+                replace(one, title=one.title.removeprefix(title).lstrip(":, ")).markdown().rstrip("\n")
+                for one in (main, *subsets)
+            ),
+        ]
+    took = sum(r.facts.get(name) or 0 for r in results for name in ("seconds_features", "seconds_fitting"))
+    failed = sum("error" in r.facts for r in results)
+    parts.append(
+        f"{len(results)} cells, {failed} of them failed; training, features and fitting together took {took / 60:.0f} minutes. Repeat: `everysat bench {suite.name}`."
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 def save(suite: Suite, results: Sequence[Result]) -> list[Path]:
-    """``table.md``, ``<dataset>.csv`` and ``report.html`` in the suite's folder."""
+    """``table.md``, ``scores.csv`` and ``report.html`` in the suite's folder."""
     suite.folder.mkdir(parents=True, exist_ok=True)
-    made = tables(suite, results)
     text = suite.folder / "table.md"
     beside = text.with_name(".table.md.part")
-    beside.write_text("\n".join(table.markdown() for table in made), encoding="utf-8")
+    beside.write_text(page(suite, results), encoding="utf-8")
     beside.replace(text)
     rows = [
         {
