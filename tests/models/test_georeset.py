@@ -169,7 +169,9 @@ def test_nothing_known_is_the_prior_and_says_so(model, generator) -> None:
 
 def test_questions_and_labels_say_nothing(model, generator) -> None:
     batch = batch_of(generator)
-    more = batch.adding(asked=texts(role="question"), label=vectors())
+    more = batch.adding(
+        asked=texts((("is there a zoo?",), ("how many huts?",), ("why?",)), role="question"), label=vectors()
+    )
     close(model.place(more), model.place(batch))
     assert "label" not in model.known(more).layers
 
