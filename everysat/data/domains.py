@@ -15,6 +15,7 @@ The class of a place is that of most of its labelled pixels. Places of the targe
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +25,9 @@ import torch
 from torch.nn import functional as F
 
 from everysat.data.batches import Dataset
-from everysat.data.catalogue import dataset
+from everysat.data.catalogue import dataset, resolve
 from everysat.data.published import one_of
-from everysat.find import suggest
+from everysat.find import find, suggest
 from everysat.nn.draws import stream
 from everysat.sensors import Band, Sensor
 from everysat.types import Batch, Layer, Raster
@@ -130,6 +131,7 @@ def build(
     target: Mapping[str, Any],
     test: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
+    unlabelled: Mapping[str, Any] | None = None,
     classes: Classes | None = None,
     shots: int | None = None,
     protocol: str = "inductive",
@@ -142,6 +144,8 @@ def build(
     Args:
         target, source, test: datasets with a class a place, as ``{name: rsicd, options: {root: ...}}``; with ``bands`` (``{rgb: [red]}``) also which bands
             of a layer are taken, and with ``coarsen: 4`` means of squares of so many pixels in place of pixels. ``test`` is of the target.
+        unlabelled: a dataset of the target whose places are the unlabelled ones, such as all tiles of a scene, in place of those of ``target``. That
+            test places are not among them is for the user to see to; their labels, if there are any, are not looked at.
         classes: names that domains share, by default all that each of them has; or, where they differ,
             ``{crops: {source: [rectangular farmland], target: [AnnualCrop, PermanentCrop]}}``. Places of other classes are left out everywhere.
         shots: labels per class of the target, drawn by ``seed``; all by default.
@@ -157,7 +161,7 @@ def build(
     one_of(part, PARTS, "part")
     if part == "test" and test is None:
         raise ValueError("part='test' needs test, the dataset of the target's test places")
-    given = {"source": source, "target": target, "test": test}
+    given = {"source": source, "target": target, "test": test, "unlabelled": unlabelled}
     described = {name: spec for name, spec in given.items() if spec is not None}
     read = {name: _read(name, spec) for name, spec in described.items()}
     sets = domains(read, classes, {name: _view(spec) for name, spec in described.items()})
@@ -169,17 +173,22 @@ def build(
 def domains(
     read: Mapping[str, Dataset], classes: Classes | None = None, views: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Domain]:
-    """Datasets by ``source``, ``target`` and ``test`` as domains of the same classes; ``views`` has ``bands`` and ``coarsen`` of each. See :func:`build`."""
-    own = {name: _labels(name, data) for name, data in read.items()}
+    """Datasets by ``source``, ``target``, ``test`` and ``unlabelled`` as domains of the same classes; ``views`` has ``bands`` and ``coarsen`` of each. See :func:`build`."""
+    own = {name: _labels(name, data) for name, data in read.items() if name != "unlabelled"}
     there = {name: {names[c] for c in set(codes.tolist()) if c in names} for name, (codes, names, _) in own.items()}
     listed = _shared(classes, {name: names for name, (_, names, _) in own.items()}, there)
     side_m = own["target"][2]
     band = Band("class", side_m, "class", classes=dict(enumerate(listed)))
     label = Sensor("shared-classes", "classes", (band,), source="classes that both domains have")
     found = {}
-    for name, data in read.items():
-        codes, names, _ = own[name]
-        domain = "source" if name == "source" else "target"
+    if "unlabelled" in read:
+        every = np.arange(len(read["unlabelled"]))
+        view = (views or {}).get("unlabelled", {})
+        found["unlabelled"] = Domain(
+            read["unlabelled"], "target", every, np.full(len(every), NONE), label, **{"bands": {}, **view}
+        )
+    for name, (codes, names, _) in own.items():
+        data, domain = read[name], "source" if name == "source" else "target"
         table = {
             code: number for number, of in enumerate(listed.values()) for code, n in names.items() if n in of[domain]
         }
@@ -219,7 +228,7 @@ def adaptation(
     kinds = {
         "source": sets.get("source"),
         "labelled": target.some(np.sort(np.concatenate(drawn))),
-        "unlabelled": sets["test"] if protocol == "transductive" and "test" in sets else target,
+        "unlabelled": sets["test"] if protocol == "transductive" and "test" in sets else sets.get("unlabelled", target),
     }
     taken = [(kind, part, share) for (kind, part), share in zip(kinds.items(), shares, strict=True) if share and part]
     return Adaptation(
@@ -256,6 +265,11 @@ def _read(name: str, spec: Mapping[str, Any]) -> Dataset:
             raise LookupError(f"{name} has no entry {key!r}. {suggest(key, known)}")
     if "name" not in spec:
         raise ValueError(f"{name}={dict(spec)} must name a dataset, as {{name: rsicd, options: {{root: ...}}}}")
+    module, variant = find("data", resolve(spec["name"]))
+    takes = inspect.signature(module.build).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in takes):  # a scene, which is read with any option of reading
+        found: Dataset = module.build(variant, **spec.get("options", {}))
+        return found
     return dataset(spec["name"], **spec.get("options", {}))
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import geopandas
 import numpy as np
 import pytest
+import rasterio
 import torch
+from rasterio.transform import from_origin
+from shapely.geometry import box
 
 from everysat.data import domains, rsicd, so2sat
 from everysat.data.statistics import spread
@@ -158,6 +162,36 @@ def test_published_datasets_by_name(tmp_path) -> None:
     others = [{"protocol": "transductive"}, {"shares": [1, 1, 2]}, {"part": "test"}]
     prints = {domains.build(source=source, target=target, test=test, **one).fingerprint() for one in others}
     assert len(prints | {data.fingerprint()}) == 4
+
+
+def test_a_scene_of_the_user_is_a_target(tmp_path) -> None:
+    """Tiles with polygons are labelled, all tiles are there without."""
+    values = np.random.default_rng(0).integers(1, 9, (1, 32, 32)).astype("uint16")
+    north_west = from_origin(500000, 5000000, 10, 10)
+    profile = {"driver": "GTiff", "count": 1, "height": 32, "width": 32, "dtype": "uint16", "crs": "EPSG:32632"}
+    with rasterio.open(tmp_path / "s.tif", "w", transform=north_west, **profile) as file:
+        file.write(values)
+    squares = [
+        {"kind": kind, "geometry": box(500000 + east, 4999930, 500000 + east + 50, 4999980)}
+        for kind, east in (("x", 10), ("y", 90), ("x", 180))
+    ]
+    geopandas.GeoDataFrame(squares, crs="EPSG:32632").to_file(tmp_path / "p.gpkg")
+    sensor = Sensor("own", "optical", (Band("b", 10, "DN"),), "made for tests")
+    reading = {"tile_m": 80, "sensor": sensor, "stored": "physical", "order": None}
+    options = {"files": str(tmp_path / "s.tif"), **reading}
+    spec = {"name": "scene", "options": {**options, "labels": str(tmp_path / "p.gpkg"), "column": "kind"}}
+    rsicd.fake(tmp_path, places=4)
+    source = {"name": "rsicd", "options": {"root": tmp_path}}
+    shared = {"x": {"source": ["Airport"], "target": ["x"]}, "y": {"source": ["Commercial"], "target": ["y"]}}
+    data = domains.build(source=source, target=spec, unlabelled={"name": "scene", "options": options}, classes=shared)
+    kinds = dict(zip(("source", "labelled", "unlabelled"), map(len, data.parts), strict=True))
+    assert kinds == {"source": 2, "labelled": 3, "unlabelled": 16}
+    places = all_of(data)
+    assert {float(p.raster("label").values) for p in places if "target/scene" in p.layers and "label" in p.layers} == {
+        0.0,
+        1.0,
+    }
+    assert sum("label" not in p.layers for p in places) == 16
 
 
 def test_optical_and_radar_of_one_set(tmp_path) -> None:
