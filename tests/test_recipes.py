@@ -31,6 +31,8 @@ FINE = (
 )
 PRE = ("anysat_geoplex", "ramen_pretrain")
 ALONE = ("simplesat_pretrain", "georeset_rsicd")
+ADAPT = ("adapt_so2sat",)
+"""Run by tests/test_adapt_command.py."""
 ON_REAL_DATA = ("berlin", "anysat_berlin", "anysat_joint", "anysat_new_sensor", "ramen_berlin", "atomizer_berlin")
 
 
@@ -98,7 +100,7 @@ def test_simplesat_pretrain_gives_weights_that_fine_tuning_takes(folder) -> None
 
 
 def test_every_recipe_is_tested_here_or_on_real_data() -> None:
-    assert {f.stem for f in SHIPPED.glob("*.yaml")} == {*FINE, *PRE, *ALONE, *ON_REAL_DATA}
+    assert {f.stem for f in SHIPPED.glob("*.yaml")} == {*FINE, *PRE, *ALONE, *ADAPT, *ON_REAL_DATA}
 
 
 def test_a_new_sensor_learns_and_the_rest_stays(folder) -> None:
