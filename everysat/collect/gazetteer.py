@@ -76,6 +76,9 @@ _NO_PLACE = frozenset(
 """Capitalised for other reasons, most of all at the beginning of a sentence; alone they name no place."""
 _TITLE_WORDS = "mr mrs ms dr sir lord lady president king queen prince princess general captain professor st pope minister senator judge"
 _TITLES = frozenset(_TITLE_WORDS.split())
+_FEATURE_WORDS = "lake lac lago mount mt monte river rio gulf sea ocean mountain mountains valley basin desert strait bay channel peninsula plateau"
+_FEATURES = frozenset(_FEATURE_WORDS.split())
+"""Right before or behind a name they make it that of something else: Lake Ontario, Niger River."""
 
 
 @dataclass(frozen=True)
@@ -291,13 +294,20 @@ _Word = tuple[int, int, str]
 
 
 def _is_name(text: str, words: Sequence[_Word], i: int, n: int) -> bool:
-    """Whether ``n`` words from the ``i``-th can be one name: capitalised but for small ones within, with nothing but blanks and hyphens between."""
+    """Whether ``n`` words from the ``i``-th can be one name: capitalised but for small ones within, with nothing but blanks and hyphens between,
+    and neither that of a person nor of a lake or the like."""
     names = [word for _, _, word in words[i : i + n]]
     if not all(name[0].isupper() or (0 < k < n - 1 and name in _SMALL) for k, name in enumerate(names)):
         return False
     if not all(_are_joined(text, a, b) for a, b in itertools.pairwise(words[i : i + n])):
         return False
-    return not (i and folded(words[i - 1][2]) in _TITLES and text[words[i - 1][1] : words[i][0]].isspace())
+    before, after = words[i - 1] if i else None, words[i + n] if i + n < len(words) else None
+    if before and folded(before[2]) in _TITLES and text[before[1] : words[i][0]].isspace():
+        return False
+    beside = [(before, words[i])] if before else []
+    beside += [(words[i + n - 1], after)] if after else []
+    others = [(a if b is words[i] else b)[2] for a, b in beside if _are_joined(text, a, b)]
+    return not any(other[0].isupper() and folded(other) in _FEATURES for other in others)
 
 
 def _are_joined(text: str, a: _Word, b: _Word) -> bool:
@@ -335,7 +345,7 @@ def _least_population(text: str, words: Sequence[_Word], i: int, n: int, taken: 
 
 def _begins(text: str, word: _Word) -> bool:
     """Whether a sentence or a line begins with a word."""
-    before = text[: word[0]].rstrip(" \t\"'(“„«")[-1:]
+    before = text[max(0, word[0] - 9) : word[0]].rstrip(" \t\"'(“„«")[-1:]
     return before in ("", "\n", ".", "!", "?", ":")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +93,7 @@ def test_spellings_that_are_the_same(a, b):
         ("Arles's bridge, Nîmes’s arena", ["Arles", "Nîmes"]),
         ("the Lincoln Memorial Bridge, in Lincoln", ["Lincoln", "Lincoln"]),
         ("the Charlestown Bridge", []),
+        ("Lake Paris and the France River, but the lake Paris has", ["Paris"]),
         ("Charlestown is far. He saw Charlestown.", ["Charlestown"]),
         ("", []),
     ],
@@ -142,6 +145,26 @@ def test_entities_of_the_caller_choose(small):
     text = "Arles and Nîmes"
     assert names(small.geoparse(text, entities=lambda t: [(t.index("Nîmes"), len(t))])) == ["Nîmes"]
     assert names(small.geoparse(text, entities=lambda t: [])) == []
+
+
+def test_entities_by_spacy(small, monkeypatch):
+    """Against a stand-in for spaCy, which is not needed otherwise: places of its document count, persons do not."""
+    text = "Lincoln met him in Lincoln."
+    spans = [
+        SimpleNamespace(start_char=0, end_char=7, label_="PERSON"),
+        SimpleNamespace(start_char=19, end_char=26, label_="GPE"),
+    ]
+
+    def load(name, disable):
+        if name != "model":
+            raise OSError("no such model")
+        return lambda given: SimpleNamespace(ents=spans if given == text else [])
+
+    monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(load=load))
+    (found,) = small.geoparse(text, entities=gazetteer.spacy_places("model"))
+    assert found.start == 19
+    with pytest.raises(ImportError, match="python -m spacy download other"):
+        gazetteer.spacy_places("other")
 
 
 def test_the_radius_is_that_of_the_place_or_of_the_doubt(small):

@@ -141,6 +141,7 @@ def test_sentences_tell_what_is_there_and_nothing_else(town):
     assert all(line[0].isupper() and line.endswith(".") and "{" not in line for line in said)
     assert len(set(said)) == len(said)
     assert re.search(r"[Aa] river (crosses|runs)|crossed by a river", text)
+    assert re.search(r"farmland [a-z ]*about 5 %|about 5 % [a-z ]*farmland", text)
     assert re.search(r"[Aa] pond .*farmland|farmland .*a pond", text)
 
 

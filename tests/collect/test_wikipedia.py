@@ -125,8 +125,8 @@ def test_a_refusal_is_told(site, tmp_path):
 
 
 def test_full_circles_are_divided(tmp_path, monkeypatch):
-    monkeypatch.setattr(wikipedia, "MOST", 5)
-    with recorded(lambda fields: wiki(fields, most=5)) as site:
+    monkeypatch.setattr(wikipedia, "MOST", 3)
+    with recorded(lambda fields: wiki(fields, most=3)) as site:
         articles = around(site, tmp_path)
     assert {a.title for a in articles} == {p["title"] for p in PLACES.values() if inside(p)}
 
