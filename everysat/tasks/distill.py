@@ -68,8 +68,9 @@ class Distill(Task):
 
     def students(self, encoder: Encoder) -> dict[str, tuple[Encoder, Task]]:
         """Encoder and task of each modality, sharing the trained weights."""
-        one = getattr(encoder, "one", None)
-        return {name: (encoder if one is None else one(name), self._task(name)) for name in self.tasks}
+        several: Any = encoder
+        each = {n: several.one(n) if _of_modalities(encoder) else encoder for n in self.tasks}
+        return {name: (one, self._task(name)) for name, one in each.items()}
 
     def _each(self, features: Features) -> Mapping[str, Witness]:
         """What each modality says."""
@@ -349,10 +350,52 @@ def build(
         ValueError, LookupError: the options do not fit together; the message says which.
     """
     variant = variant or "discom"
+    _refuse(variant, encoder, task, weights or {}, adversary, released)
+    if not temperature > 0 or cells < 2 or hidden < 0:
+        raise ValueError(
+            f"temperature={temperature} must be above 0, cells={cells} at least 2, hidden={hidden} not negative"
+        )
+    several: Any = encoder
+    students = {n: several.one(n) for n in several.names} if _of_modalities(encoder) else {WHOLE: encoder}
+    module, inner = find("tasks", task["name"])
+    given = {**({"variant": inner} if inner else {}), **task.get("options", {})}
+    tasks = {name: module.build(encoder=student, **given) for name, student in students.items()}
+    first: Any = next(iter(tasks.values()))
+    if not hasattr(first, "head"):
+        raise ValueError(f"task {task['name']} has no head of its own: distil classify or regress")
+    terms = auxiliary = None
+    if variant in ("discom", "contrast"):
+        dim, own = encoder.dim // 2, {name: weight for name, weight in (weights or {}).items() if name in TERMS}
+        invariance = "contrastive" if variant == "contrast" else "solved" if adversary == "solved" else "adversarial"
+        options: dict[str, Any] = {"tau": tau, "strength": strength, "hidden": hidden, "released": released}
+        terms = Disentangling(list(tasks), dim, invariance=invariance, weights=own, **options)  # type: ignore[arg-type]
+        narrow = _Narrow(next(iter(students.values())), dim)
+        auxiliary = module.build(encoder=narrow, **{**given, "local": ()} if "local" in given else given)
+    config = {
+        "variant": variant, "task": {"name": task["name"].partition("/")[0], "options": first.config}, "teacher": None, "teacher_dim": teacher_dim,
+        "weights": dict(weights or {}), "temperature": temperature, "tau": tau, "strength": strength, "hidden": hidden, "adversary": adversary, "cells": cells, "released": released,
+    }  # fmt: skip
+    made = Distill(tasks, auxiliary, terms, config)
+    _teach(made, {name: student.dim for name, student in students.items()}, teacher, teacher_dim)
+    return made
+
+
+def _of_modalities(encoder: Encoder) -> bool:
+    return encoder.family == "students"
+
+
+def _refuse(
+    variant: str,
+    encoder: Encoder,
+    task: Mapping[str, Any],
+    weights: Mapping[str, float],
+    adversary: str,
+    released: bool,
+) -> None:
     if variant not in VARIANTS:
         raise LookupError(f"task distill has no variant {variant!r}. {suggest(variant, VARIANTS)}")
     known = (*TERMS, "distillation")
-    for name in weights or ():
+    for name in weights:
         if name not in known:
             raise LookupError(f"weights name the term {name!r}. {suggest(name, known)}")
     if "name" not in task or set(task) - {"name", "options"}:
@@ -363,49 +406,10 @@ def build(
         raise ValueError(
             f"released=True is for the variant discom with its learned adversary, not for {variant}, adversary={adversary}"
         )
-    if not temperature > 0 or cells < 2 or hidden < 0:
-        raise ValueError(
-            f"temperature={temperature} must be above 0, cells={cells} at least 2, hidden={hidden} not negative"
-        )
-    disentangled, one = variant in ("discom", "contrast"), getattr(encoder, "one", None)
-    if one is None and variant not in ("logits", "features"):
+    if not _of_modalities(encoder) and variant not in ("logits", "features"):
         raise ValueError(
             f"distill/{variant} is for encoders of single modalities, {encoder.family} is none: take the model students"
         )
-    students = {WHOLE: encoder} if one is None else {name: one(name) for name in cast(Any, encoder).names}
-    module, inner = find("tasks", task["name"])
-    given = {**({"variant": inner} if inner else {}), **task.get("options", {})}
-    tasks = {name: module.build(encoder=student, **given) for name, student in students.items()}
-    first: Any = next(iter(tasks.values()))
-    if not hasattr(first, "head"):
-        raise ValueError(f"task {task['name']} has no head of its own: distil classify or regress")
-    terms = auxiliary = None
-    if disentangled:
-        dim = encoder.dim // 2
-        invariance: Any = (
-            {"learned": "adversarial", "solved": "solved"}[adversary] if variant == "discom" else "contrastive"
-        )
-        own = {name: weight for name, weight in (weights or {}).items() if name in TERMS}
-        terms = Disentangling(
-            list(tasks),
-            dim,
-            invariance=invariance,
-            tau=tau,
-            strength=strength,
-            hidden=hidden,
-            released=released,
-            weights=own,
-        )
-        auxiliary = module.build(
-            encoder=_Narrow(next(iter(students.values())), dim), **{**given, "local": ()} if "local" in given else given
-        )
-    config = {
-        "variant": variant, "task": {"name": task["name"].partition("/")[0], "options": first.config}, "teacher": None, "teacher_dim": teacher_dim,
-        "weights": dict(weights or {}), "temperature": temperature, "tau": tau, "strength": strength, "hidden": hidden, "adversary": adversary, "cells": cells, "released": released,
-    }  # fmt: skip
-    made = Distill(tasks, auxiliary, terms, config)
-    _teach(made, {name: student.dim for name, student in students.items()}, teacher, teacher_dim)
-    return made
 
 
 def _teach(task: Distill, dims: Mapping[str, int], teacher: str | None, teacher_dim: int | None) -> None:
@@ -418,9 +422,8 @@ def _teach(task: Distill, dims: Mapping[str, int], teacher: str | None, teacher_
     if teacher is not None:
         if variant == "alone":
             raise ValueError("distill/alone has no teacher: take logits or features, or leave teacher out")
-        model, its = find("models", "students")[0].teacher(
-            teacher
-        )  # parts of one layer do not import each other: models read weights
+        # Tasks do not import models, which read weights.
+        model, its = find("models", "students")[0].teacher(teacher)
         task.taught_by(model, its)
         teacher_dim = task.config["teacher_dim"] = model.dim
     if variant == "features" and teacher_dim is not None:
