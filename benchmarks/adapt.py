@@ -248,7 +248,7 @@ def main(out: Path, only: str = "") -> None:
         for seed in SEEDS:
             for data, method in product(SETS, METHODS):
                 name = f"{data}/{shots}/{method}/{seed}"
-                path = out / "cells" / f"{name.replace('/', ' ')}.npz"
+                path = _path(out, data, shots, method, seed)
                 if only in name and not path.exists() and method not in SETS[data].get("without", ()):
                     found = cell(data, shots, method, seed, out, root)
                     np.savez(out / "cells" / f".part-{data}.npz", **found)
@@ -261,45 +261,53 @@ def report(out: Path, root: Path) -> None:
     """Tables of all finished cells."""
     texts, numbers = [], {}
     for data, told in SETS.items():
-        rows = []
-        for shots in SHOTS:
-            done = {m: e for m in METHODS if (e := _evaluated(data, shots, m, out, root)) is not None}
-            base = done.get("target only")
-            for method, (found, facts) in done.items():
-                score = found.score(told["score"])
-                row = {
-                    "labels per class": facts["labels"],
-                    "method": method,
-                    told["score"]: f"{score.mean:.3f} ± {score.std:.3f}",
-                }
-                row["95 %"] = f"{score.low:.3f} – {score.high:.3f}"
-                numbers[f"{data}/{shots}/{method}"] = {
-                    "mean": score.mean,
-                    "std": score.std,
-                    "low": score.low,
-                    "high": score.high,
-                    **facts,
-                }
-                if base is not None and method != "target only" and len(base[0].counts) == len(found.counts):
-                    less = found.less(base[0], told["score"])
-                    row["less target only"] = f"{less.mean:+.3f} ({less.low:+.3f} – {less.high:+.3f})"
-                    numbers[f"{data}/{shots}/{method}"]["difference"] = [less.mean, less.low, less.high]
-                row["seconds of CPU"] = round(facts["seconds"])
-                rows.append(row)
-        if rows:
+        found = {
+            (shots, method): one
+            for shots in SHOTS
+            for method in METHODS
+            if (one := _row(data, shots, method, out, root))
+        }
+        if found:
+            what = "images" if data == "scenes" else "places"
             notes = [
-                f"{len(SEEDS)} seeds: labels, order and weights; mean ± standard deviation over them; intervals resample test {'images' if data == 'scenes' else 'places'}."
+                f"Seeds draw labels, order and weights; mean ± standard deviation over them; intervals and paired differences resample test {what}.",
+                "sure: share of unlabelled places in recent steps whose class was sure enough to be a pseudo-label.",
             ]
+            rows = [row for row, _ in found.values()]
             texts.append(Table.of(f"{data}: {told['score']} on the target's test places", rows, notes).markdown())
+            numbers[data] = [{"method": method, **facts} for (_, method), (_, facts) in found.items()]
     (out / "adapt.md").write_text("\n".join(texts), encoding="utf-8")
     (out / "adapt.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
-def _evaluated(data: str, shots: int, method: str, out: Path, root: Path) -> tuple[Evaluation, dict[str, Any]] | None:
-    files = [path for seed in SEEDS if (path := out / "cells" / f"{data} {shots} {method} {seed}.npz").exists()]
-    if not files:
+def _row(data: str, shots: int, method: str, out: Path, root: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """As it is shown, and the numbers; None where no seed is finished."""
+    seeds, others = ([s for s in SEEDS if _path(out, data, shots, m, s).exists()] for m in (method, "target only"))
+    if not seeds:
         return None
-    setup, cells = READ[data](root), [dict(np.load(path)) for path in files]
+    name = SETS[data]["score"]
+    found, facts = _evaluated(data, shots, method, seeds, out, root)
+    score, both = found.score(name), [s for s in seeds if s in others]
+    facts |= {"mean": score.mean, "std": score.std, "low": score.low, "high": score.high}
+    row = {"labels per class": facts["labels"], "method": method, "seeds": len(seeds)}
+    row |= {name: f"{score.mean:.3f} ± {score.std:.3f}", "95 %": f"{score.low:.3f} – {score.high:.3f}"}
+    if method != "target only" and both:
+        mine, base = (_evaluated(data, shots, m, both, out, root)[0] for m in (method, "target only"))
+        less = mine.less(base, name)
+        facts["less target only"] = [less.mean, less.low, less.high]
+        row["less target only"] = f"{less.mean:+.3f} ({less.low:+.3f} – {less.high:+.3f})"
+    return {**row, "sure": f"{100 * facts['confident']:.0f} %", "seconds of CPU": round(facts["seconds"])}, facts
+
+
+def _path(out: Path, data: str, shots: int, method: str, seed: int) -> Path:
+    return out / "cells" / f"{data} {shots} {method} {seed}.npz"
+
+
+def _evaluated(
+    data: str, shots: int, method: str, seeds: list[int], out: Path, root: Path
+) -> tuple[Evaluation, dict[str, Any]]:
+    setup = READ[data](root)
+    cells = [dict(np.load(_path(out, data, shots, method, seed))) for seed in seeds]
     test = setup.sets["test"]
     classes = tuple(test.label.bands[0].classes.values())
     # One place that trains, for that is what an evaluation asks for; predictions are there already.
