@@ -72,10 +72,10 @@ def _trained(folder: Path, seed: int) -> Run:
 
 
 def _tested(run: Run, **wrong: Any) -> dict[str, Any]:
-    """Over labelled pixels of the test tiles: whether they are right and how sure. ``noticed``: AUROC by which the representation's information tells disturbed tiles."""
+    """Over labelled pixels of the test tiles: whether they are right and how sure. ``noticed``: AUROC by which the information of a tile's tokens tells disturbed tiles from others."""
     given, task = run.recipe.validation[0].options, _task(run)
     tiles = berlin.build(**{**given, "part": "test"})
-    std = {n: s for n, (_, s) in band_statistics(tiles).items() if n != "label"}
+    std = {n: s for n, (_, s) in band_statistics(tiles, run.encoder.inputs).items()}
     tests: Any = Disturbed(tiles, std=std, **wrong) if wrong else tiles
     sure, right, nats, hit = [], [], [], []
     for index in range(len(tiles)):
@@ -86,7 +86,7 @@ def _tested(run: Run, **wrong: Any) -> dict[str, Any]:
         chances, label = task.pairs(task.predict(features, place), place)
         sure.append(chances.amax(1))
         right.append(chances.argmax(1) == label)
-        nats.append(informed(features).summary[0, 0])
+        nats.append(informed(features).mean.mean())
         hit.append(any(not _same(place, clean, name) for name in std))
     one: dict[str, Any] = {"sure": torch.cat(sure), "right": torch.cat(right)}
     curve = _curve(one)
@@ -129,7 +129,7 @@ def _pictures(run: Run) -> Any:
     panels = [
         ("Sentinel-2, 16 February 2017", _cropped(torch.from_numpy(rgb), scene), {}),
         ("Land use", _cropped(_classes(clean), scene), {}),
-        ("Probability of that class", _cropped(clean.amax(0), scene), {"kind": "confidence"}),
+        ("How likely that class is held to be", _cropped(clean.amax(0), scene), {"kind": "confidence"}),
         (
             "The same, 10 m bands of the eastern half full of noise",
             _cropped(wrong.amax(0), scene),
