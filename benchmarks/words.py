@@ -19,6 +19,7 @@ import everysat as es
 from everysat.data import rsicd
 from everysat.models.georeset import GeoReset
 from everysat.nn.gaussian import Gaussian
+from everysat.nn.risk import risk_coverage
 from everysat.types import Batch
 
 SPELT = {"BareLand": "bare land", "BaseballField": "baseball field", "DenseResidential": "dense residential area",
@@ -67,6 +68,10 @@ def table(weights: str, root: str) -> dict[str, list[float]]:
         "zero-shot class": interval((by_class.argmax(1) == code).double()),
         "zero-shot class, 5 best": interval((by_class.topk(5).indices == code[:, None]).any(1).double()),
     }
+    wrong = (by_class.argmax(1) != code).double()
+    margin = by_class.topk(2).values
+    for name, sure in (("information", images.information()), ("margin of logits", margin[:, 0] - margin[:, 1])):
+        found[f"zero-shot class, surest half by {name}"] = [round(100 - 100 * risk_coverage(sure, wrong).at(0.5), 1)]
     for k in (1, 5, 10):
         found[f"image to text R@{k}"] = interval(hits(scores, own, k))
         each = torch.zeros(len(data)).double().index_add(0, owner, hits(scores.T, own.T, k)) / counts
@@ -81,6 +86,6 @@ def table(weights: str, root: str) -> dict[str, list[float]]:
 
 if __name__ == "__main__":
     result = table(*sys.argv[1:3])
-    print("\n".join(f"{name:32s} {values}" for name, values in result.items()))
+    print("\n".join(f"{name:48s} {values}" for name, values in result.items()))
     if len(sys.argv) > 3:
         Path(sys.argv[3]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
