@@ -7,7 +7,7 @@ domain and orthogonality losses of both views of these. Weights are averaged ove
 
 Different here from the released script, unless ``released``: the strong view is one (layers, dates, bands and a square are left out, values are disturbed; the
 script's change of colours has default arguments, which change nothing, so that its views differ by flips and quarter turns), and the cosine of both halves is
-squared (the script's goes down to -1 where features are not all positive). Left out of ``released``: that weights are averaged once an epoch, from the 50th.
+squared (the script's goes down to -1 where features are not all positive); and running statistics of batch normalisation are of weak views alone. Left out of ``released``: that weights are averaged once an epoch, from the 50th.
 
 Variants, to compare with: ``source_target`` has no unlabelled places, ``fixmatch`` no source, ``target_only`` neither. Places that a variant does not use are
 not looked at. One class a place.
@@ -15,13 +15,15 @@ not looked at. One class a place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from everysat.find import suggest
 from everysat.nn.distill import orthogonality
@@ -75,17 +77,24 @@ class Adapt(Task):
         row, part = domains.part(batch, "target", None if "unlabelled" in self.uses else known)
         free = ~known[row]
         guessed = domains.part(batch, "target", ~known)[1] if free.any() else part
-        both = Batch.cat([part, self.strong_view(guessed, generator)]) if free.any() else part
-        if len(both):
-            seen = domains.one("target").halves(both)
-            said, n = self._logits(seen.invariant), len(part)
-            logits.append(said[:n][~free])
+        if len(part):
+            one = domains.one("target")
+            seen = one.halves(part)
+            said, invariant, specific = self._logits(seen.invariant), seen.invariant, seen.specific
+            logits.append(said[~free])
             truth.append(index[row][~free])
-            halves.append((seen.invariant[:n][~free], seen.specific[:n][~free], 1))
+            halves.append((invariant[~free], specific[~free], 1))
             if free.any():
-                costs["pseudo"] = [self._pseudo(said[:n][free], said[n:])]
-                unlabelled = torch.cat([free, free.new_ones(len(guessed))])
-                self._disentangle([(seen.invariant[unlabelled], seen.specific[unlabelled], 1)], costs)
+                with contextlib.nullcontext() if self.config["released"] else still(one):
+                    strong = one.halves(self.strong_view(guessed, generator))
+                costs["pseudo"] = [self._pseudo(said[free], self._logits(strong.invariant))]
+                views = [
+                    torch.cat(views)
+                    for views in zip(
+                        (invariant[free], specific[free]), (strong.invariant, strong.specific), strict=True
+                    )
+                ]
+                self._disentangle([(views[0], views[1], 1)], costs)
         chosen, labels = torch.cat([_none(self), *logits]), torch.cat([index[:0], *truth])
         weight = {} if self.task.weight is None else {"weight": self.task.weight}
         costs["task"].append(self.task.loss(chosen, labels, **weight))
@@ -233,6 +242,20 @@ def build(
     own = {"variant": variant, "threshold": threshold, "adaptive": adaptive, "memory": memory, "released": released}
     changed = asdict(Strong(**{**asdict(STRONG), **(strong or {})}))
     return Adapt(task, encoder.dim, {**own, "strong": changed, "weights": dict(weights or {})})
+
+
+@contextlib.contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Inside the block, running statistics of batch normalisation stay as they are: those of a strong view are not what is met later."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
 
 
 def turned(batch: Batch, generator: torch.Generator) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -296,3 +297,16 @@ def test_encoders_that_do_not_fit_are_refused(encoder, batch, monkeypatch) -> No
     monkeypatch.setattr(adapt, "world", lambda: (0, 2))
     with pytest.raises(ValueError, match="devices: 1"):
         run(task_of(encoder), encoder, batch)
+
+
+def test_running_statistics_are_of_weak_views_alone(encoder, batch) -> None:
+    def after(task):
+        twin = copy.deepcopy(encoder).train()
+        run(task, twin, batch)
+        return twin.one("target").backbone.norm.running_mean
+
+    alone = copy.deepcopy(encoder).train()
+    alone.one("target").halves(alone.part(batch, "target")[1])
+    wanted = alone.one("target").backbone.norm.running_mean
+    assert torch.equal(after(task_of(encoder)), wanted)
+    assert not torch.equal(after(task_of(encoder, released=True)), wanted)
