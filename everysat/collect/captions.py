@@ -84,15 +84,15 @@ def class_captions(found: Shares, *, seed: int | str, most: int = 5, licence: st
     """Sentences about a map of classes (:func:`everysat.collect.inventory.shares`); ``licence``: of that map."""
     draw = stream("class captions", str(seed))
     rows = [row for row in zip(found.names, found.share, found.sector, strict=True) if row[1] >= LEAST_SHARE]
-    facts = [_filled(_one(COVERS, draw), cover=name.lower(), share=share_words(share)) for name, share, _ in rows]
+    facts = [filled(one_of(COVERS, draw), cover=name.lower(), share=share_words(share)) for name, share, _ in rows]
     facts += [
-        _filled(_one(CENTRES if where == "centre" else PLACES, draw), thing=name.lower(), sector=where)
+        filled(one_of(CENTRES if where == "centre" else PLACES, draw), thing=name.lower(), sector=where)
         for name, _, where in rows
         if where
     ]
     large = {name for name, _, _ in rows}
     facts += [
-        _filled(_one(BORDERS, draw), one=a.lower(), other=b.lower()) for a, b in found.borders[:3] if {a, b} <= large
+        filled(one_of(BORDERS, draw), one=a.lower(), other=b.lower()) for a, b in found.borders[:3] if {a, b} <= large
     ]
     return _chosen(facts, draw, most, licence)
 
@@ -108,11 +108,12 @@ def _chosen(facts: Iterable[str], draw: np.random.Generator, most: int, licence:
     return tuple(Caption(every[i], licence=licence) for i in picked)
 
 
-def _one(templates: Sequence[str], draw: np.random.Generator) -> str:
+def one_of(templates: Sequence[str], draw: np.random.Generator) -> str:
+    """A template by chance."""
     return templates[int(draw.integers(len(templates)))]
 
 
-def _filled(template: str, **words: str) -> str:
+def filled(template: str, **words: str) -> str:
     """``{thing}`` as it is, ``{Thing}`` at the beginning of a sentence."""
     return template.format(**words, **{name.capitalize(): word[:1].upper() + word[1:] for name, word in words.items()})
 
@@ -164,9 +165,9 @@ def _scene(things: Inventory, draw: np.random.Generator) -> list[str]:
         words = [things_words(kind, things.count(kind)) for kind in rare[:2]]
     if not words:
         return []
-    scene = _one(SCENES, draw)
+    scene = one_of(SCENES, draw)
     return [
-        _filled(_one(MIXES, draw), scene=scene, first=words[0], second=words[1])
+        filled(one_of(MIXES, draw), scene=scene, first=words[0], second=words[1])
         if len(words) > 1
         else f"{scene} {words[0]}."
     ]
@@ -186,8 +187,8 @@ def _telling(things: Inventory) -> list[Kind]:
 def _covers(things: Inventory, draw: np.random.Generator) -> list[str]:
     shares = [(kind, things.share(kind)) for kind in things.kinds if kind.cover]
     return [
-        _filled(
-            _one(COVERS, draw) if kind.mass else PLURAL_COVER,
+        filled(
+            one_of(COVERS, draw) if kind.mass else PLURAL_COVER,
             cover=kind.name if kind.mass else kind.many,
             share=share_words(share),
         )
@@ -200,10 +201,10 @@ def _counts(things: Inventory, draw: np.random.Generator) -> list[str]:
     countable = [kind for kind in _telling(things) if not kind.mass and kind.shape != "line"]
     said = [things_words(kind, things.count(kind)) for kind in countable]
     facts = [
-        _filled(_singular(_one(COUNTS, draw), kind, things), things=words)
+        filled(_singular(one_of(COUNTS, draw), kind, things), things=words)
         for kind, words in zip(countable, said, strict=True)
     ]
-    return [*facts, _filled("The image shows {things}.", things=_list(said[:3]))] if len(said) > 1 else facts
+    return [*facts, filled("The image shows {things}.", things=_list(said[:3]))] if len(said) > 1 else facts
 
 
 def _singular(template: str, kind: Kind, things: Inventory) -> str:
@@ -214,13 +215,13 @@ def _places(things: Inventory, draw: np.random.Generator) -> list[str]:
     facts = []
     for kind in _notable(things):
         if (kind.mass or things.count(kind) == 1) and (where := things.sector(kind)):
-            facts.append(_filled(_one(CENTRES if where == "centre" else PLACES, draw), thing=kind.one, sector=where))
+            facts.append(filled(one_of(CENTRES if where == "centre" else PLACES, draw), thing=kind.one, sector=where))
     return facts
 
 
 def _lines(things: Inventory, draw: np.random.Generator) -> list[str]:
     lines = [kind for kind in things.kinds if kind.shape == "line" and things.crosses(kind)]
-    return [_filled(_one(CROSSINGS, draw), thing=kind.one) for kind in lines]
+    return [filled(one_of(CROSSINGS, draw), thing=kind.one) for kind in lines]
 
 
 def _neighbours(things: Inventory, draw: np.random.Generator) -> list[str]:
@@ -234,9 +235,9 @@ def _neighbours(things: Inventory, draw: np.random.Generator) -> list[str]:
         small, large = sorted((a, b), key=things.covered_m2)
         within = things.inside(small, large)
         if within < 0.5:
-            facts.append(_filled(_one(NEIGHBOURS, draw), thing=_some(a, things), other=b.one))
+            facts.append(filled(one_of(NEIGHBOURS, draw), thing=_some(a, things), other=b.one))
         elif {small.name, large.name} & {"water"} == set():
-            facts.append(_filled(_one(INSIDE, draw), thing=_some(small, things), other=large.one))
+            facts.append(filled(one_of(INSIDE, draw), thing=_some(small, things), other=large.one))
     return facts
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from everysat.collect.captions import _filled, _one
+from everysat.collect.captions import filled, one_of
 from everysat.collect.inventory import BY_NAME, COVERS, KINDS, NEAR_M, Inventory, Kind
 from everysat.collect.osm import LICENCE
 from everysat.find import suggest
@@ -124,7 +124,7 @@ def _shuffled(kinds: Sequence[Kind], draw: np.random.Generator) -> list[Kind]:
 
 
 def _worded(template: str, draw: np.random.Generator, **words: str) -> str:
-    return _filled(_one(TEMPLATES[template], draw), **words)
+    return filled(one_of(TEMPLATES[template], draw), **words)
 
 
 def _presence(things: Inventory, draw: np.random.Generator, each: int, vocabulary: tuple[Kind, ...]) -> list[Question]:
