@@ -408,7 +408,7 @@ def write(suite: Suite, result: Result) -> None:
     for labels, one in result.evaluations.items():
         for field in ("counts", "groups", "confidence", "correct"):
             for number, value in enumerate(getattr(one, field)):
-                tensors[f"{labels} {field} {number}"] = value.contiguous()
+                tensors[f"{labels} {field} {number}"] = value.clone()  # draws that are alike share theirs
     told = {
         "asked": _asked(suite, result.cell),
         "facts": dict(result.facts),
