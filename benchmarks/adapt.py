@@ -124,8 +124,8 @@ class Kept:
     """A dataset in memory."""
 
     def __init__(self, data: Dataset) -> None:
-        self.data, self.items = data, {}
-        self.codes = getattr(data, "codes", None)
+        self.data, self.codes = data, getattr(data, "codes", None)
+        self.items: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -141,7 +141,7 @@ class Coded(Subset):
 
     @property
     def codes(self) -> np.ndarray:
-        return self.dataset.codes[self.indices]
+        return np.asarray(self.dataset.codes)[self.indices]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def cell(data: str, shots: int, method: str, seed: int, folder: Path, root: Path
             "data": [{"name": "domains", "options": {"protocol": protocol}}],
             "task": {
                 "name": f"adapt/{chosen['variant']}",
-                "options": {"classes": list(test.label.bands[0].classes.values()), **told.get("task", {})},
+                "options": {"classes": list((test.label.bands[0].classes or {}).values()), **told.get("task", {})},
             },
             "augment": told["augment"],
             "steps": told["steps"],
@@ -309,7 +309,7 @@ def _evaluated(
     setup = READ[data](root)
     cells = [dict(np.load(_path(out, data, shots, method, seed))) for seed in seeds]
     test = setup.sets["test"]
-    classes = tuple(test.label.bands[0].classes.values())
+    classes = tuple((test.label.bands[0].classes or {}).values())
     # One place that trains, for that is what an evaluation asks for; predictions are there already.
     label, group = torch.tensor([0, *test.code]), torch.tensor([-1, *setup.group])
     samples = Samples(torch.zeros(len(label), 1), label, group, classes)
