@@ -28,7 +28,19 @@ def python_blocks(page: Path) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["index.md", "tutorial.md", "places.md", "datasets.md", "evaluation.md", "anysat.md", "any_sensor.md", "maps.md"],
+    [
+        "index.md",
+        "tutorial.md",
+        "places.md",
+        "datasets.md",
+        "evaluation.md",
+        "anysat.md",
+        "any_sensor.md",
+        "maps.md",
+        "confidence.md",
+        "distill.md",
+        "adapt.md",
+    ],
 )
 def test_the_python_of_a_page_runs(name: str) -> None:
     source = python_blocks(REPO / "docs" / name)
