@@ -333,3 +333,10 @@ def test_the_recipe_of_scenes_and_sentences_runs(tmp_path) -> None:
     assert encoder.bias == pytest.approx(-6.0, abs=0.1)
     batch = rsicd.build("captions", root=tmp_path / "rsicd", split="val")[0]
     assert encoder.place(batch.without("label")).observed.all()
+
+
+def test_nothing_asked_gets_an_empty_answer_and_nothing_said_the_prior(model) -> None:
+    assert model.text([]).mean.shape == (0, 8)
+    assert model.locations(torch.zeros(0, 2), 10.0).mean.shape == (0, 8)
+    assert model.text([[], "a lake"]).observed.tolist() == [False, True]
+    assert (model.text([[]]).log_var == 0).all()
