@@ -6,7 +6,7 @@ with a variance. A map of classes then has, as its confidence, a probability tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,8 @@ class Probabilistic(Task):
 
     def forward(self, encoder: Encoder, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The loss of the task on one sample of the features; ``prior``, their divergence from N(0, 1) per dimension (Alemi et al. 2017); and ``agreement``,
-        by which the variances of each modality learn how far its mean is from what the others say (Kendall and Gal 2017), where two saw the same."""
+        by which the variances of each modality learn how far its mean is from what the others say (Kendall and Gal 2017), where two saw the same;
+        ``alone``, the loss of the task on each modality by itself."""
         sampled: Any = _Sampled(encoder, generator, agreement=self.config["agreement"] > 0)
         if self.config["corruption"]:
             seen = encoder.known(batch.without(self.target))
@@ -51,6 +52,8 @@ class Probabilistic(Task):
             )
         terms = self.task(sampled, batch, generator)
         own = {"prior": sampled.divergence, "agreement": sampled.agreement}
+        if self.config["alone"]:
+            own["alone"] = torch.stack([self.task(one, batch, generator)["loss"] for one in sampled.each()]).mean()
         loss = terms["loss"] + torch.stack([self.config[name] * term for name, term in own.items()]).sum()
         return {**terms, "loss": loss, **{name: term.detach() for name, term in own.items() if self.config[name]}}
 
@@ -81,7 +84,22 @@ class _Sampled:
 
     def __init__(self, encoder: Encoder, generator: torch.Generator, *, agreement: bool) -> None:
         self._encoder, self._generator, self._agree = encoder, generator, agreement
+        self._tokens: Tokens | None = None
+        self._group: int | None = None
         self.divergence, self.agreement = torch.zeros(()), torch.zeros(())
+
+    def each(self) -> Iterator[_Sampled]:
+        """The same, restricted to one modality after the other; their tokens are those that were made before."""
+        assert self._tokens is not None
+        for group in range(len(self._tokens.groups)):
+            one = _Sampled(self._encoder, self._generator, agreement=False)
+            one._tokens, one._group = self._tokens, group
+            yield one
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        if self._tokens is None:
+            self._tokens = self._encoder.tokenize(batch)
+        return self._tokens if self._group is None else self._tokens[self._tokens.coords.group == self._group]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
@@ -138,6 +156,7 @@ def build(
     prior: float = 1e-3,
     corruption: float = 0.0,
     agreement: float = 0.0,
+    alone: float = 0.0,
     gsd_m: float | None = None,
 ) -> Probabilistic:
     """A task on a probabilistic encoder.
@@ -148,6 +167,7 @@ def build(
         prior: weight of the features' divergence from N(0, 1).
         corruption: share of the training places whose layer is full of noise, of each layer, see :func:`everysat.nn.corruption.corrupted`.
         agreement: weight of the loss that teaches variances how far modalities are apart, such as 0.1.
+        alone: weight of the task's loss on each modality by itself, such as 1: otherwise the modality that is learned fastest leaves the others nothing to learn.
         gsd_m: pixel of the target; that of the task's own options.
 
     Raises:
@@ -161,9 +181,9 @@ def build(
         raise ValueError(
             f"task probabilistic is for Gaussian features, {encoder.family} gives none: set model.probabilistic to true"
         )
-    if samples < 2 or samples % 2 or prior < 0 or not 0 <= corruption < 1 or agreement < 0:
+    if samples < 2 or samples % 2 or prior < 0 or not 0 <= corruption < 1 or min(agreement, alone) < 0:
         raise ValueError(
-            f"samples={samples} must be even, 2 or more, prior={prior} and agreement={agreement} not negative, and corruption={corruption} at least 0 and below 1"
+            f"samples={samples} must be even, 2 or more, prior={prior}, agreement={agreement} and alone={alone} not negative, and corruption={corruption} at least 0 and below 1"
         )
     if "name" not in task or set(task) - {"name", "options"}:
         raise ValueError(f"task={dict(task)!r} must say what to predict, as {{name: classify/place, options: {{...}}}}")
@@ -181,6 +201,7 @@ def build(
         "prior": prior,
         "corruption": corruption,
         "agreement": agreement,
+        "alone": alone,
         "gsd_m": below.config.get("gsd_m"),
     }
     return Probabilistic(below, encoder.dim, config)

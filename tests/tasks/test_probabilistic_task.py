@@ -251,8 +251,32 @@ def test_agreement_teaches_variances_alone_and_needs_two_modalities(encoder, gen
     assert not torch.allclose(spread, spread_too)
     alone = batch.only(next(iter(encoder.inputs)), task.target)
     assert float(found(alone, 1.0)[0]["agreement"]) == 0
-    with pytest.raises(ValueError, match="agreement=-1 not negative"):
+    with pytest.raises(ValueError, match="agreement=-1 and alone"):
         build(encoder=encoder, task=PLACE, agreement=-1)
+
+
+def test_alone_is_the_mean_loss_of_each_modality_by_itself(encoder, generator) -> None:
+    batch, _ = layered_batch(4, generator)
+    label = of_places(NAMES[0], torch.tensor([0.0, 1.0, 1.0, 0.0]).view(4, 1, 1, 1).expand(4, 4, 1, 1))
+    sensor = Sensor("labels", "classes", (Band("label", 40, "class"),), "made")
+    label = replace(label, sensor=sensor, values=label.values[:, :1], valid=label.valid[:, :1], gsd_m=40.0)
+    batch = batch.adding(label=label)
+    for head in [
+        *encoder.cell_heads.values(),
+        *encoder.place_heads.values(),
+    ]:  # sure of what it says, so that samples are means
+        torch.nn.init.zeros_(head.spread.weight)
+        torch.nn.init.constant_(head.spread.bias, -20.0)
+    encoder.own = encoder.own.model_copy(update={"fusion": "precision_average"})
+    task = build(encoder=encoder, task=PLACE, prior=0.0, alone=0.5)
+
+    def loss(batch: Batch, weight: float) -> float:
+        task.config["alone"] = weight
+        return float(task(encoder, batch, torch.Generator().manual_seed(1))["loss"].detach())
+
+    apart = [loss(batch.only(name, task.target), 0.0) for name in encoder.inputs]
+    assert loss(batch, 0.5) == pytest.approx(loss(batch, 0.0) + 0.5 * sum(apart) / len(apart), abs=0.03)
+    assert max(apart) - min(apart) > 0.1
 
 
 def test_confidence_needs_variances(generator) -> None:
