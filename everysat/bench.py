@@ -291,7 +291,7 @@ def _finetuning(
             "seed": number % suite.seeds,
             "checkpoint_every": 0,
         }
-        name = f"{called}-{len(indices)}-{number}-{key(repr(tree)) % 16**8:08x}"
+        name = f"{called}-{len(indices)}-{number}-{key(json.dumps(tree, sort_keys=True, default=str)) % 16**8:08x}"
         tree["out"] = str(suite.folder / "runs" / name)
         run = train(
             Recipe.parse(tree, where=f"models.{cell.model}.finetune"),
