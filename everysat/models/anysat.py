@@ -112,7 +112,10 @@ class Config(BaseModel):
     @property
     def token_m(self) -> float:
         """Side of what a feature stands for, metres."""
-        return self.modalities[self.dense].sub_m if self.output == "dense" and self.dense else self.patch_m
+        if self.output != "dense":
+            return self.patch_m
+        fine = [m.sub_m for m in self.modalities.values() if m.sub_m <= self.patch_m]
+        return self.modalities[self.dense].sub_m if self.dense else (fine or [self.patch_m])[0]
 
     @property
     def chip_m(self) -> float:

@@ -66,6 +66,15 @@ def test_the_patch_is_chosen_at_the_call(patch_m) -> None:
     assert encoder.settings.patch_m == 20  # the view changed, not the encoder
 
 
+@pytest.mark.parametrize("dense", ["", "aerial", "s2"])
+def test_settings_say_how_large_dense_features_are(dense) -> None:
+    encoder = model("aerial", "s2", output="dense", dense=dense)
+    shown = dense or next(iter(encoder.settings.modalities))
+    assert encoder.settings.token_m == encoder.settings.modalities[shown].sub_m < encoder.settings.patch_m
+    features = encoder.embed(place(encoder, 40, 40, "aerial", "s2"))
+    assert torch.allclose(features.coords.size_m, torch.tensor(encoder.settings.token_m))
+
+
 def test_places_need_not_be_square() -> None:
     encoder = model("s2", "spot")
     assert encoder.embed(place(encoder, 60, 100, "s2", "spot")).grid().shape[2:] == (3, 5)
