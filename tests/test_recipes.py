@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from everysat.data import berlin
 from everysat.find import find
 from everysat.models import anysat, simplesat, weights
 from everysat.recipe import SHIPPED, Recipe
@@ -33,7 +34,15 @@ PRE = ("anysat_geoplex", "ramen_pretrain")
 ALONE = ("simplesat_pretrain", "georeset_rsicd")
 ADAPT = ("adapt_so2sat",)
 """Run by tests/test_adapt_command.py."""
-ON_REAL_DATA = ("berlin", "anysat_berlin", "anysat_joint", "anysat_new_sensor", "ramen_berlin", "atomizer_berlin")
+ON_REAL_DATA = (
+    "berlin",
+    "confidence_berlin",
+    "anysat_berlin",
+    "anysat_joint",
+    "anysat_new_sensor",
+    "ramen_berlin",
+    "atomizer_berlin",
+)
 
 
 def small(name: str, folder, *overrides: str) -> Recipe:
@@ -97,6 +106,27 @@ def test_simplesat_pretrain_gives_weights_that_fine_tuning_takes(folder) -> None
     assert after.encoder.inputs == learned.inputs
     for name, parameter in after.encoder.named_parameters():
         torch.testing.assert_close(parameter, dict(learned.named_parameters())[name], rtol=0, atol=1e-6)
+
+
+def test_confidence_of_the_real_scene(folder) -> None:
+    try:
+        berlin.files()
+    except FileNotFoundError as error:
+        pytest.skip(f"needs the scene: {error}")
+    few = (
+        "steps=2",
+        "batch_size=2",
+        "warmup_steps=0",
+        "validation=[]",
+        "task.options.alone=1",
+        f"out={folder / 'sure'}",
+    )
+    run = train(Recipe.load("confidence_berlin", few), quiet=True)
+    assert {"agreement", "prior", "alone"} <= set(run.log[-1])
+    encoder, task = weights.load_task(run.weights)
+    assert encoder.fusion == "product"
+    assert task.config["corruption"] == 0.1
+    assert task.names == ("farm", "forest", "grass", "meadow", "residential", "scrub", "water", "wetland")
 
 
 def test_every_recipe_is_tested_here_or_on_real_data() -> None:
