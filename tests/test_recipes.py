@@ -126,7 +126,7 @@ def test_confidence_of_the_real_scene(folder) -> None:
     encoder, task = weights.load_task(run.weights)
     assert encoder.fusion == "product"
     assert task.config["corruption"] == 0.1
-    assert task.names == ("farm", "forest", "grass", "meadow", "residential", "scrub", "water", "wetland")
+    assert task.task.names == ("farm", "forest", "grass", "meadow", "residential", "scrub", "water", "wetland")
 
 
 def test_every_recipe_is_tested_here_or_on_real_data() -> None:
