@@ -1,6 +1,6 @@
 """A real map with its confidence, how much of it is right if only the surest part is kept, and whether corrupted inputs are noticed.
 
-    python -m benchmarks.confidence            # docs/confidence.png, docs/confidence_risk.png, benchmarks/results/confidence.json; 10 minutes on 2 cores
+    python -m benchmarks.confidence            # docs/confidence.png, docs/confidence_risk.png, benchmarks/results/confidence.json; some 5 minutes for each seed
 
 Trains the recipe ``confidence_berlin`` (land use near Berlin from the bands of 10 and of 20 m as two modalities) with three seeds, and tests it on blocks of ground that were
 held out. The map is that of the first; for a second one, the 10 m bands of the eastern half are full of noise of two standard deviations. Needs the

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everysat.find import find, suggest
+from everysat.nn.batchnorm import RowNorm
 from everysat.nn.cells import cells_at
 from everysat.nn.inputs import InputConfig
 from everysat.types import Batch, Coords, Encoder, Features, Input, Tokens
@@ -254,14 +255,10 @@ class _Projection(nn.Module):
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.linear, self.norm = nn.Linear(before, after), nn.BatchNorm1d(after)
+        self.linear, self.norm = nn.Linear(before, after), RowNorm(after)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x)
-        if self.training and len(x) < 2:
-            norm = self.norm
-            return F.relu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps))
-        return F.relu(self.norm(x))
+        return F.relu(self.norm(self.linear(x)))
 
 
 def _mean(x: Tensor, index: Tensor, count: int) -> Tensor:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from everysat.find import find, suggest
 from everysat.models import weights
+from everysat.nn.batchnorm import RowNorm
 from everysat.nn.cells import cells_at
 from everysat.nn.distill import Parts, Witness, Witnessed
-from everysat.nn.gather import world
 from everysat.types import Batch, Coords, Encoder, Features, Input, Task, Tokens
 
 
@@ -54,15 +54,11 @@ class Projection(nn.Module):
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, dim)
-        self.cells, self.places = nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)
+        self.cells, self.places = RowNorm(dim), RowNorm(dim)
 
     def forward(self, x: Tensor, level: str) -> Tensor:
-        norm, x = self.cells if level == "cells" else self.places, self.linear(x)
-        if self.training and len(x) < 2 and world()[1] == 1:  # one sample has no variance
-            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        else:
-            x = norm(x)
-        return F.relu(x)
+        norm = self.cells if level == "cells" else self.places
+        return F.relu(norm(self.linear(x)))
 
 
 class Students(Encoder):

@@ -14,11 +14,11 @@ from everysat.nn.gather import group, world
 
 
 class RowNorm(nn.BatchNorm1d):
-    """Batch normalisation that stands a batch of one row, which has no variance: it is then normalised by the running statistics, which stay. A
-    modality that only one place of a batch has makes such batches."""
+    """Batch normalisation that stands a batch of one row or of none, which has no variance: it is then normalised by the running statistics, which
+    stay. A modality that only one place of a batch has makes such batches."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.numel() == input.shape[1]:
+        if self.training and input.numel() <= input.shape[1]:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(input)
 

@@ -16,6 +16,7 @@ def test_a_single_row_is_normalised_by_the_running_statistics_and_leaves_them():
         assert torch.equal(mine(x), theirs(x))
     before = {name: value.clone() for name, value in mine.state_dict().items()}
     one = mine(x[:1])
+    assert mine(x[:0]).shape == (0, 3)
     assert all(torch.equal(mine.state_dict()[name], value) for name, value in before.items())
     assert torch.equal(one, mine.eval()(x[:1]))
     assert list(before) == list(theirs.state_dict())
