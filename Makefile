@@ -33,10 +33,10 @@ demo-short: .venv/user
 	$(BIN)/everysat demo --short --out demo/short
 
 test: .venv/dev
-	$(BIN)/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
 
 test-slow: .venv/dev
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: .venv/dev
 	$(BIN)/ruff check .
