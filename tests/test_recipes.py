@@ -36,6 +36,7 @@ ADAPT = ("adapt_so2sat",)
 """Run by tests/test_adapt_command.py."""
 ON_REAL_DATA = (
     "berlin",
+    "ask_berlin",
     "confidence_berlin",
     "anysat_berlin",
     "anysat_joint",

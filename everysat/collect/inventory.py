@@ -47,7 +47,7 @@ def _kind(name: str, many: str, shape: str, tags: str, **more: Any) -> Kind:
 
 KINDS: tuple[Kind, ...] = (
     _kind("forest", "", "area", "landuse=forest natural=wood", cover=True, urban=0.0),
-    _kind("farmland", "", "area", "landuse=farmland", cover=True, urban=0.0),
+    _kind("farmland", "", "area", "landuse=farmland landuse=farm", cover=True, urban=0.0),
     _kind("grassland", "", "area", "landuse=grass landuse=meadow natural=grassland natural=heath", cover=True, urban=0.0),
     _kind("scrub", "", "area", "natural=scrub", cover=True, urban=0.0),
     _kind("wetland", "", "area", "natural=wetland", cover=True, urban=0.0),
