@@ -15,7 +15,7 @@ The batch has text layers ``questions``, ``answers`` and ``types`` in the same o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
