@@ -20,7 +20,7 @@ LAYERS = (
     ("recipe", "manifest", "checkpoint", "logbook"),
     ("suite",),
     ("optimizer", "trainee"),
-    ("train", "evaluate", "store", "report", "hub", "exported"),
+    ("train", "evaluate", "store", "report", "hub", "exported", "locate"),
     ("mapping",),
     ("predict",),
     ("polygons",),

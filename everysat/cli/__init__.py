@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from everysat.cli import adapt, ask, collect, data, distill, learn, maps, stores
+from everysat.cli import adapt, ask, collect, data, distill, learn, locate, maps, stores, words
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Earth observation for any sensor: pre-train, fine-tune, embed, map. Start with: everysat demo",
 )
-for commands in (data, collect, learn, distill, adapt, maps, ask, stores):
+for commands in (data, collect, learn, distill, adapt, maps, ask, locate, stores, words):
     app.add_typer(commands.app)
 
 
