@@ -1,4 +1,4 @@
-"""Commands on stores of embeddings: index, search, label, change."""
+"""Commands on stores of embeddings: index, search, detect, label, change."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from everysat.cli.options import Quiet, show
 app = typer.Typer()
 AStore = Annotated[Path, typer.Argument(help="a store of embeddings, as everysat embed -o area.zarr writes it")]
 Within = Annotated[Path | None, typer.Option(help="polygons; only places in them count")]
+Like = Annotated[
+    list[str] | None, typer.Option(help="an example: LON,LAT in degrees or a file of geometries; may be repeated")
+]
+Unlike = Annotated[list[str] | None, typer.Option(help="what hits are not to be like, in the same way")]
+Vector = Annotated[Path | None, typer.Option(help="examples as .npy, [dim] or [n, dim]")]
+Words = Annotated[list[str] | None, typer.Option("--text", help="what to look for in words; may be repeated")]
+Maker = Annotated[
+    str | None, typer.Option("--model", help="for words: the weights that made the store, if they are not installed")
+]
 
 
 @app.command()
@@ -32,12 +41,14 @@ def index(
 
 @app.command()
 def search(
-    stores: Annotated[list[Path], typer.Argument(help="one store, or several of one model (zones, years)")],
-    like: Annotated[
-        list[str] | None, typer.Option(help="an example: LON,LAT in degrees or a file of geometries; may be repeated")
-    ] = None,
-    unlike: Annotated[list[str] | None, typer.Option(help="what hits are not to be like, in the same way")] = None,
-    vector: Annotated[Path | None, typer.Option(help="examples as .npy, [dim] or [n, dim]")] = None,
+    stores: Annotated[
+        list[str], typer.Argument(help='one store, or several of one model (zones, years), and "what to look for"')
+    ],
+    text: Words = None,
+    like: Like = None,
+    unlike: Unlike = None,
+    vector: Vector = None,
+    model: Maker = None,
     top: Annotated[int, typer.Option(help="how many places")] = 20,
     within: Within = None,
     period: Annotated[str | None, typer.Option(help="only stores of that time: 2024, or 2024-04-01/2024-09-30")] = None,
@@ -52,18 +63,16 @@ def search(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Places that look like the examples (the mean of their vectors), the nearest first."""
-    from everysat.store import open_store
+    """Places that look like the examples or the words (the mean of their vectors), the nearest first."""
     from everysat.store import search as searching
 
-    opened = searching.in_period(searching.several([open_store(path) for path in stores]), period)
-    wanted = searching.query(
-        opened, [_example(e) for e in like or ()], [_example(e) for e in unlike or ()], _npy(vector)
-    )
+    paths, words = _told(stores, text)
+    opened = searching.in_period(_opened(paths), period)
+    wanted = _query(opened, words, like, unlike, vector, model)
     if out is not None and out.suffix.lower() in (".tif", ".tiff"):
         if len(opened) > 1:
             raise ValueError(
-                f"a heat map is of one store, {len(opened)} are given: {', '.join(map(str, stores))}; give one, or a --period"
+                f"a heat map is of one store, {len(opened)} are given: {', '.join(map(str, paths))}; give one, or a --period"
             )
         print(searching.heat_map(opened[0], wanted, out, within=within, quiet=quiet))
         return
@@ -72,6 +81,59 @@ def search(
         show(found.table())
         return
     print(f"{found.save(out)}: {len(found)} places ({'; '.join(found.how)})")
+
+
+@app.command()
+def detect(
+    store: Annotated[list[str], typer.Argument(help='a store of embeddings, and "what to look for" in words')],
+    text: Words = None,
+    like: Like = None,
+    unlike: Unlike = None,
+    vector: Vector = None,
+    model: Maker = None,
+    threshold: Annotated[
+        str, typer.Option(help="score that a peak must reach, or mad: what is unusual among the scores of the store")
+    ] = "mad",
+    most: Annotated[int, typer.Option(help="how many, the best")] = 20,
+    least_m: Annotated[float, typer.Option(help="leave out boxes whose longer side is shorter, metres")] = 0.0,
+    radius_m: Annotated[
+        float | None, typer.Option(help="of peaks nearer than this the best stays; by default least-m or three pixels")
+    ] = None,
+    share: Annotated[float, typer.Option(help="of the height of a peak, where its box ends")] = 0.5,
+    within: Within = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="boxes as .geojson or .parquet, or a .csv")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Targets by words or by example: peaks of the heat map with boxes, the best first."""
+    from everysat.store.detect import THRESHOLD
+    from everysat.store.detect import detect as run
+
+    paths, words = _told(store, text)
+    opened = _opened(paths)
+    if len(opened) != 1:
+        raise ValueError(f"detection is in one store, {len(opened)} are given: {', '.join(paths)}")
+    wanted = _query(opened, words, like, unlike, vector, model)
+    level: float | str = threshold
+    if threshold != THRESHOLD:
+        try:
+            level = float(threshold)
+        except ValueError:
+            raise ValueError(f"--threshold {threshold!r} is neither a number nor {THRESHOLD}") from None
+    found = run(
+        opened[0],
+        wanted,
+        threshold=level,
+        most=most,
+        least_m=least_m,
+        radius_m=radius_m,
+        share=share,
+        within=within,
+        quiet=quiet,
+    )
+    if out is None:
+        show(found.table())
+        return
+    print(f"{found.save(out)}: {found}")
 
 
 @app.command()
@@ -143,6 +205,51 @@ def publish(
         print(write_stac(stac_item(opened, href=href), out))
     else:
         raise ValueError(f"--out {out} must end with .json (a STAC item) or .tif")
+
+
+STORES = (".zarr", ".parquet", ".geoparquet", ".tif", ".tiff")
+"""What a store's name ends with."""
+
+
+def _told(given: list[str], text: list[str] | None) -> tuple[list[str], list[str]]:
+    """Stores and words of a command line: words are neither there as a file nor named like a store."""
+    paths = [one for one in given if Path(one).exists() or any(p.lower().endswith(STORES) for p in Path(one).parts)]
+    words = [one for one in given if one not in paths] + list(text or ())
+    if not paths:
+        raise ValueError(
+            f"there is no store {given[0]!r}: give one as everysat embed -o area.zarr writes it, then what to look for"
+        )
+    return paths, words
+
+
+def _opened(paths: list[str]) -> list[Any]:
+    from everysat.store import open_store
+    from everysat.store.search import several
+
+    return several([open_store(path) for path in paths])
+
+
+def _query(
+    opened: list[Any],
+    words: list[str],
+    like: list[str] | None,
+    unlike: list[str] | None,
+    vector: Path | None,
+    model: str | None,
+) -> Any:
+    """The query of words, examples and vectors, all alike."""
+    import numpy as np
+
+    from everysat.store import words as reading
+    from everysat.store.search import query
+
+    if model is not None and not words:
+        raise ValueError(f'--model {model} reads words, and there are none: everysat search area.zarr "a lake"')
+    given = _npy(vector)
+    if words:
+        told = reading.vectors(opened, words, model)
+        given = told if given is None else np.concatenate([told, np.atleast_2d(given)])
+    return query(opened, [_example(e) for e in like or ()], [_example(e) for e in unlike or ()], given)
 
 
 def _example(text: str) -> Any:

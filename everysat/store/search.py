@@ -7,7 +7,7 @@ again of unit length: one linear query, which every engine answers. A score is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def query(stores: Any, like: Sequence[Any] = (), unlike: Sequence[Any] = (), vec
         good = [*good, *unit(given)]
     if not good:
         raise ValueError(
-            "there is nothing to search for: give --like LON,LAT, --like polygon.geojson or --vector FILE.npy"
+            'there is nothing to search for: give "words", --like LON,LAT, --like polygon.geojson or --vector FILE.npy'
         )
     wanted = np.mean(good, 0)
     bad, _ = _examples(stores, unlike)
@@ -197,11 +197,20 @@ def heat_map(
 ) -> Path:
     """The score of every pixel as a Cloud-Optimized GeoTIFF (float32, NaN without data or outside of ``within``), window by window."""
     pixels(store, "a heat map")
+    ready, total = scored(store, wanted, within), len(list(store.windows()))
+    with CogWriter(path, store.geobox, ["cosine"], units="1", tags={"source": Path(store.path).name}) as file:
+        for rows, cols, score in track(ready, "Scoring", total, quiet=quiet):
+            file.write(score[None], rows, cols)
+    return Path(path)
+
+
+def scored(store: Any, wanted: Query | np.ndarray, within: Any = None) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Rows, columns and scores float32 [rows, cols] of one window after another of a store of pixels; NaN without data or outside of ``within``."""
     wanted = _fitting([store], wanted)
     area = None if within is None else moved(shapely.union_all(_geometries(within)), DEGREES, store.crs)
     keep = Keep(area)
 
-    def scored(window: tuple[slice, slice]) -> tuple[slice, slice, np.ndarray]:
+    def one(window: tuple[slice, slice]) -> tuple[slice, slice, np.ndarray]:
         rows, cols = window
         score = unit(store.read(rows, cols)) @ wanted.vector
         if area is not None:
@@ -209,12 +218,7 @@ def heat_map(
             score[~keep(x.ravel(), y.ravel()).reshape(score.shape)] = math.nan
         return rows, cols, score
 
-    windows = list(store.windows())
-    ready = prefetch(scored, windows, workers=READERS)
-    with CogWriter(path, store.geobox, ["cosine"], units="1", tags={"source": Path(store.path).name}) as file:
-        for rows, cols, score in track(ready, "Scoring", len(windows), quiet=quiet):
-            file.write(score[None], rows, cols)
-    return Path(path)
+    return prefetch(one, list(store.windows()), workers=READERS)
 
 
 def several(stores: Any) -> list[Any]:
