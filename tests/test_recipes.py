@@ -38,6 +38,7 @@ ON_REAL_DATA = (
     "berlin",
     "ask_berlin",
     "confidence_berlin",
+    "georeset_berlin",
     "anysat_berlin",
     "anysat_joint",
     "anysat_new_sensor",

@@ -267,6 +267,10 @@ class GeoReset(ProMM):
         Raises:
             ContractError: the model reads no text. FileNotFoundError: the text encoder is not installed.
         """
+        return self.reading(strings)
+
+    def reading(self, strings: Sequence[str | Sequence[str]]) -> Gaussian:
+        """:meth:`text` with gradients."""
         if self.own.text is None:
             raise ContractError("this model reads no text: build or load one with text={}")
         if isinstance(strings, str):

@@ -152,6 +152,27 @@ def said(attributes: Mapping[str, Any], keys: Sequence[str] | None = None) -> li
     return [f"{key} is {value}".replace("_", " ") for key, value in sorted(known.items()) if value]
 
 
+def spoken(attributes: Mapping[str, Any]) -> list[str]:
+    """:func:`said`, and values without their keys, where they are words other than yes and no: ``landuse is forest``, ``forest``."""
+    every = said(attributes)
+    values = [text.partition(" is ")[2] for text in every]
+    return [*every, *(v for v in values if v not in ("yes", "no") and any(map(str.isalpha, v)))]
+
+
+def below(layer: Vector, row: Tensor, at_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Which points lie in which shapes of their place: indices of points and of shapes, int64 [pair]. Points of ``row`` [point], ``at_m`` [point, 2] metres
+    south and east. Points and lines of the layer hold nothing."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    points, shapes = [nothing], [nothing]
+    south, east = at_m.double().cpu().numpy().T
+    for number, (shape, place) in enumerate(zip(layer.geometry, layer.row.tolist(), strict=True)):
+        mine = (row == place).nonzero()[:, 0].cpu() if shape.area else nothing
+        inside = mine[torch.from_numpy(shapely.contains_xy(shape, east[mine.numpy()], south[mine.numpy()]))]
+        points.append(inside)
+        shapes.append(torch.full_like(inside, number))
+    return torch.cat(points), torch.cat(shapes)
+
+
 @dataclass(frozen=True)
 class Features:
     """What is read of each shape of a layer: ``form`` float [shape, 3 frequency + 2 + 3], ``tags`` float [shape, text], ``row`` int64 [shape]; the

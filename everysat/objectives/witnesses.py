@@ -6,7 +6,7 @@ every other one and none is the pivot. Places are not all strangers: near ones, 
 look for their cells in images (after PACL, Mukhoti et al., CVPR 2023): of the cells of an image, those most like the text decide. From a sample of one
 set, what is known of each withheld witness is reconstructed; all witnesses together must lie inside what some of them say, and a place inside one
 that surrounds it. Sentences of half of the places are weighted by what the other witnesses see (WINCEL), of the others not, as there will
-be none beside a query. A share of witnesses is corrupted: noise in images, the sentences, shapes or position of another place.
+be none beside a query. What the attributes of a polygon say, the cells of its ground match too (``ground``). A share of witnesses is corrupted: noise in images, the sentences, shapes or position of another place.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from everysat.nn.gather import gather_rows, global_mean, row_offset
 from everysat.nn.gaussian import Gaussian, containment, divergence, expected_match
 from everysat.nn.location import cartesian
 from everysat.nn.ragged import ordinal, side_by_side
+from everysat.nn.shapes import below, spoken
+from everysat.nn.spectral import LABEL
 from everysat.objectives.probabilistic import disagreement, two_sets
-from everysat.types import Batch, Encoder, Objective, Place, Raster
+from everysat.types import Batch, Coords, Encoder, Objective, Place, Raster, Vector
 
 EARTH_M = 6_371_008.8
 """Mean radius of the Earth (IUGG)."""
@@ -90,6 +92,7 @@ class WitnessAlignment(Objective):
         scale: float = 10.0,
         bias: float = -10.0,
         cells: float = 0.5,
+        ground: float = 0.0,
         most_cells: int = 64,
         reconstruction: float = 1.0,
         prior: float = 1e-4,
@@ -129,6 +132,7 @@ class WitnessAlignment(Objective):
         self.near_m, self.same, self.shares, self.most_cells = near_m, same, shares, most_cells
         self.weights = {
             "cells": cells if own.text and images else 0.0,
+            "ground": ground if own.text and images else 0.0,
             "reconstruction": reconstruction,
             "prior": prior,
             "inclusion": inclusion,
@@ -152,6 +156,8 @@ class WitnessAlignment(Objective):
         terms = self._terms(inner, said, batch, draw[:, 1:], generator)
         if self.weights["cells"]:
             terms["cells"] = self._cells(inner, said, batch, generator)
+        if self.weights["ground"]:
+            terms["ground"] = self._ground(inner, said, batch, generator)
         loss = torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, "scale": self.scale.detach()}
 
@@ -236,11 +242,7 @@ class WitnessAlignment(Objective):
         alone[:, word] = places.there[:, word]
         text = places.fused(inner.fusion, alone)[texts]
         row = said.cells.row
-        at = said.coords.cells().cpu()
-        own = (row + row_offset(len(batch), row.device)).cpu()
-        noise = uniform(generator, own, at[:, 0] * (1 << 24) + at[:, 1]).to(row.device)
-        order = noise.argsort()
-        drawn = order[ordinal(row[order], len(batch)) < self.most_cells]
+        drawn = self._drawn(said.coords, len(batch), generator)
         likeness = expected_match(cells[drawn], text)  # [cell, text]
         beside, there, _ = side_by_side(likeness, row[drawn], len(batch))
         share = (beside.detach() / LIKENESS).masked_fill(~there[..., None], -math.inf).softmax(1).nan_to_num(0.0)
@@ -252,6 +254,32 @@ class WitnessAlignment(Objective):
             vectors = F.normalize(said.known["text"], dim=-1)
             target = torch.maximum(target, (vectors[texts[seen]] @ vectors[texts].T > self.same).float())
         return global_mean((F.softplus(logits) - target * logits).sum(1))
+
+    def _ground(self, inner: Any, said: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Cross-entropy of cells and what polygons around their centres say, each attribute with and without its key; other ground is unknown, and left out."""
+        layers = [x for name, x in sorted(batch.layers.items()) if isinstance(x, Vector) and name != LABEL]
+        every = {string: 0 for layer in layers for told in layer.attributes for string in spoken(told)}
+        number = {string: n for n, string in enumerate(every)}
+        target = said.cells.mean.new_zeros(len(said.coords), len(number))
+        for layer in layers:
+            says = torch.tensor([[string in spoken(told) for string in number] for told in layer.attributes]).to(target)
+            cell, shape = (index.to(target.device) for index in below(layer, said.coords.row, said.coords.at_m))
+            target = target.index_add(0, cell, says[shape]).clamp(max=1)
+        drawn = self._drawn(said.coords, len(batch), generator)
+        drawn = drawn[target[drawn].any(1)]
+        if not len(drawn):
+            return global_mean(said.cells.mean.sum((1, 2))[:0])
+        logits = (
+            self.scale * expected_match(said.cells.fused(inner.fusion)[drawn], inner.reading(list(number))) + self.bias
+        )
+        return global_mean((F.softplus(logits) - target[drawn] * logits).sum(1))
+
+    def _drawn(self, coords: Coords, rows: int, generator: torch.Generator) -> Tensor:
+        """Up to ``most_cells`` cells of each place, drawn by number of the place and position of the cell alone."""
+        row, at = coords.row, coords.cells().cpu()
+        own = (row + row_offset(rows, row.device)).cpu()
+        order = uniform(generator, own, at[:, 0] * (1 << 24) + at[:, 1]).to(row.device).argsort()
+        return order[ordinal(row[order], rows) < self.most_cells]
 
     @torch.no_grad()
     def after_step(self, encoder: Encoder, step: int, steps: int) -> None:
@@ -267,8 +295,8 @@ def build(variant: str = "", *, encoder: Encoder, **options: Any) -> WitnessAlig
     Args:
         scale, bias: of the logits at the beginning; both are learned, and the model keeps them. About -log of the number of places in a batch, and
             lower, is a fitting bias.
-        cells, reconstruction, prior, inclusion, agreement: weights of the terms beside the match: of words with cells; of withheld witnesses; of
-            the divergence of each witness from N(0, 1); of inclusions; of :func:`everysat.objectives.probabilistic.disagreement`.
+        cells, ground, reconstruction, prior, inclusion, agreement: weights of the terms beside the match: of words with cells; of cells with what polygons around
+            them say; of withheld witnesses; of the divergence of each witness from N(0, 1); of inclusions; of :func:`everysat.objectives.probabilistic.disagreement`.
         most_cells: of an image, drawn at random.
         near_m: places at this distance are one by exp(-1/2); 0 for places that are all strangers.
         same: cosine of the vectors of what is said of two places above which they are taken to be one; 1 for never.

@@ -13,7 +13,7 @@ from shapely.geometry import LineString, MultiPoint, MultiPolygon, Point, Polygo
 
 from everysat.data import berlin
 from everysat.io.vector import load_frame
-from everysat.nn.shapes import ShapeSet, Spectra, features, frequencies, said, transform
+from everysat.nn.shapes import ShapeSet, Spectra, below, features, frequencies, said, spoken, transform
 from everysat.types import Batch, Place, Vector
 
 FREQUENCY = frequencies(400.0, 12.0, 5)
@@ -239,3 +239,21 @@ def test_land_use_of_a_real_town() -> None:
     assert (found.values.abs() <= found.measure[:, None] * (1 + 1e-9)).all()
     expected = summed(holed, frequency, math.sqrt(holed.area) / 150)
     torch.testing.assert_close(found.values[0], expected, rtol=0, atol=1e-2 * holed.area)
+
+
+def test_points_lie_in_the_shapes_of_their_own_place():
+    shapes = (box(0, 0, 10, 10), Polygon([(0, 0), (20, 0), (0, 20)]), box(0, 0, 10, 10), Point(5, 5))
+    layer = Vector(shapes, ({},) * 4, torch.zeros(4, 2).double(), torch.tensor([0, 0, 1, 0]))
+    row, south_east = torch.tensor([0, 0, 0, 1]), torch.tensor([[5.0, 5.0], [3.0, 15.0], [15.0, 15.0], [5.0, 5.0]])
+    point, shape = below(layer, row, south_east)
+    assert set(zip(point.tolist(), shape.tolist(), strict=True)) == {(0, 0), (0, 1), (1, 1), (3, 2)}
+    assert [len(index) for index in below(layer, row[:0], south_east[:0])] == [0, 0]
+
+
+def test_values_are_spoken_without_their_keys():
+    assert spoken({"natural": "wood", "bridge": "yes", "lanes": 2}) == [
+        "bridge is yes",
+        "lanes is 2",
+        "natural is wood",
+        "wood",
+    ]

@@ -271,3 +271,39 @@ def test_words_find_their_cells(trained, generator) -> None:
     more, less = trained.match(cells, trained.text([chr(97 + 2 * k + 1) * 3, chr(97 + 2 * k) * 3])).T
     truth = z[features.coords.row, k, features.coords.cells()[:, 0], features.coords.cells()[:, 1]] > 0
     assert auroc(more - less, truth) > 0.7
+
+
+def mapped(batch: Batch, z: torch.Tensor, k: int = 4) -> Batch:
+    """The same with a square over the north-west or the south-east cell of each place, that says whether factor ``k`` is above 0 there."""
+    corner = torch.arange(len(batch)) % 2
+    over = z[torch.arange(len(batch)), k, corner, corner] > 0
+    squares = tuple(box(20 * c, 20 * c, 20 * c + 20, 20 * c + 20) for c in corner.tolist())
+    told = tuple({"kind": "nnn" if more else "jjj"} for more in over.tolist())
+    return batch.adding(osm=Vector(squares, told, torch.zeros(len(batch), 2).double(), torch.arange(len(batch))))
+
+
+def test_cells_learn_what_polygons_around_them_say(generator) -> None:
+    with torch.random.fork_rng():
+        encoder = model(shapes=None, location=None)
+        objective = build(encoder=encoder, ground=1.0, cells=0.0, bias=-2.0, corruption=0.0)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=5e-3)
+    for _ in range(60):
+        batch, z = layered_batch(24, generator)
+        terms = objective(encoder, mapped(batch.only("a", "b"), z), generator)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+    batch, z = layered_batch(100, generator)
+    features = encoder.eval().embed(batch.only("a", "b"))
+    cells = Gaussian(features.mean, features.var.log(), torch.ones(len(features.mean), dtype=torch.bool))
+    more, less = encoder.match(cells, encoder.text(["nnn", "jjj"])).T
+    at = features.coords.cells()
+    assert auroc(more - less, z[features.coords.row, 4, at[:, 0], at[:, 1]] > 0) > 0.75
+
+
+def test_ground_of_which_the_map_says_nothing_costs_nothing(generator) -> None:
+    batch, _ = layered_batch(6, generator)
+    encoder, far = model(), (box(500, 500, 600, 600),) * 6
+    vector = Vector(far, ({"kind": "n"},) * 6, torch.zeros(6, 2).double(), torch.arange(6))
+    objective = build(encoder=encoder, ground=1.0, cells=0.0)
+    assert objective(encoder, batch.only("a", "b").adding(osm=vector), generator)["ground"] == 0
