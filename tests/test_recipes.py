@@ -31,7 +31,8 @@ FINE = (
     "distill_fuel_moisture",
 )
 PRE = ("anysat_geoplex", "ramen_pretrain")
-ALONE = ("simplesat_pretrain", "georeset_rsicd")
+ALONE = ("simplesat_pretrain", "georeset_rsicd", "georeset_world")
+"""Run by tests of their own, here and elsewhere."""
 ADAPT = ("adapt_so2sat",)
 """Run by tests/test_adapt_command.py."""
 ON_REAL_DATA = (

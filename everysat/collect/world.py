@@ -115,7 +115,7 @@ def build(
     path = Path(root).expanduser()
     every = records.load(path) if path.suffix in records.SUFFIXES else factbook.load(path)
     kept = [article for article in every if said_of(article, headings, titles)]
-    held = [article for article in kept if _fold(article.lonlat, folds, seed) == fold] if part else []
+    held = [article for article in kept if fold_of(article.lonlat, folds, seed) == fold] if part else []
     chosen = held if part == "test" else [article for article in kept if article not in held]
     if not chosen:
         raise ValueError(f"{path} has no text in part={part!r}, fold={fold} of {folds}, headings={headings}")
@@ -174,15 +174,15 @@ def _place(lonlat: tuple[float, float], radius_m: float) -> Place:
     return Place(side, side, lonlat=lonlat)
 
 
-def _fold(lonlat: tuple[float, float], folds: int, seed: int) -> int:
-    """Of the block of ground that a point lies in."""
+def fold_of(lonlat: tuple[float, float], folds: int, seed: int) -> int:
+    """The fold, 0 to ``folds`` - 1, of the block of 10 degrees that a point lies in."""
     column, row = (int(np.floor(degrees / BLOCK_DEGREES)) for degrees in lonlat)
     return int(stream(seed, "block", column, row).integers(folds))
 
 
 def _inside(town: Town, held: Sequence[records.Article], fold: int, folds: int, seed: int) -> bool:
     """Whether a town lies in a block or in a country that is held out, by name or by distance."""
-    if _fold(town.lonlat, folds, seed) == fold or any(a.title.casefold() == town.country.casefold() for a in held):
+    if fold_of(town.lonlat, folds, seed) == fold or any(a.title.casefold() == town.country.casefold() for a in held):
         return True
     at, radius = np.array([a.lonlat for a in held]), np.array([a.radius_m or 0.0 for a in held])
     return bool((distance_m(at, np.array([town.lonlat]))[:, 0] < radius).any())

@@ -9,6 +9,10 @@ import pytest
 
 from everysat.collect import records, world
 from everysat.collect.records import Article
+from everysat.locate import locate
+from everysat.models import weights
+from everysat.recipe import Recipe
+from everysat.train import train
 
 TEXT = "temperate in the lowlands; cold winters in the mountains. Rain falls all year. Dry. ++ fjords cut deep into the land"
 
@@ -88,6 +92,18 @@ def test_real_towns() -> None:
     assert tokyo.lonlat == pytest.approx((139.69, 35.69), abs=0.05)
     assert 10_000 < tokyo.radius_m < 60_000
     assert all(town.population >= 1_000_000 for town in towns.values())
+
+
+def test_the_recipe_of_the_world(root, tmp_path) -> None:
+    """The shipped recipe, with letters for words and no towns, for a few steps; its model says where a text belongs."""
+    smaller = ["data.0.options.towns=0", f"data.0.options.root={root}", "steps=3", "batch_size=8", "warmup_steps=0", f"out={tmp_path / 'run'}",
+               "model.options.text.encoder=letters", "model.options.text.vector=26"]  # fmt: skip
+    run = train(Recipe.load("georeset_world", smaller), restart=True, quiet=True)
+    assert run.log[-1]["loss"] > 0
+    model = weights.load(run.weights)
+    found = locate(model, ["fjords and glaciers"], step_deg=10.0)
+    assert float(found.probability.sum()) == pytest.approx(1)
+    assert found.match.std() > 0
 
 
 @pytest.mark.parametrize(
