@@ -38,7 +38,7 @@ from everysat.nn.gaussian import containment
 from everysat.nn.location import Fourier, cartesian, spherical_harmonics
 from everysat.nn.minilm import text_encoder
 from everysat.nn.places import Where
-from everysat.nn.probe import Scale, fit_linear, fit_ridge
+from everysat.nn.probe import Scale, fit_ridge
 from everysat.recipe import Recipe
 from everysat.train import train
 
@@ -46,6 +46,7 @@ FOLDS = 5
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SIGMAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Cycles per radius of the Earth."""
+LEARNED = {"land": "ours, from land cover", "zones": "ours, from land cover and zones"}
 PLAIN = ("Climate", "Terrain", "Natural resources", "Natural hazards")
 """Sections that do not say where a country lies."""
 Features = Mapping[str, Callable[[Tensor], Tensor]]
@@ -117,19 +118,15 @@ def encoders(args: argparse.Namespace, held: str) -> dict[str, Callable[[Tensor]
         return lambda x: where(x, torch.full((len(x),), 1e4))
 
     geoclip: Any = es.load(args.geoclip)
-    land, zones = ours("land"), ours("zones")
-    return {
+    done = [kind for kind in LEARNED if len([*Path(args.folder).glob(f"{kind}-*.pt")]) > FOLDS]
+    learned = {LEARNED[kind]: ours(kind) for kind in done}
+    plain: dict[str, Callable[[Tensor], Tensor]] = {
         "longitude, latitude": lambda x: x.float(),
         "harmonics, L=10": lambda x: spherical_harmonics(x, 10).float(),
         "harmonics, L=20": lambda x: spherical_harmonics(x, 20).float(),
-        **{f"Fourier {sigma}": _fourier(sigma) for sigma in SIGMAS},
-        "ours, from land cover": land,
-        "ours, from land cover and zones": zones,
         "GeoCLIP": geoclip.of,
-        "GeoCLIP + harmonics, L=10": lambda x: torch.cat([geoclip.of(x), spherical_harmonics(x, 10).float()], 1),
-        "GeoCLIP + ours, from land cover": lambda x: torch.cat([geoclip.of(x), land(x)], 1),
-        "GeoCLIP + ours, from land cover and zones": lambda x: torch.cat([geoclip.of(x), zones(x)], 1),
     }
+    return {**plain, **{f"Fourier {sigma}": _fourier(sigma) for sigma in SIGMAS}, **learned}
 
 
 def _fourier(sigma: float) -> Callable[[Tensor], Tensor]:
@@ -149,12 +146,10 @@ def _tables(args: argparse.Namespace, lonlat: np.ndarray, helds: Sequence[str]) 
             found[held] = {
                 name: before[name] if name in before else torch.cat([read(part) for part in position.split(1000)])
                 for name, read in every.items()
-                if "+" not in name
             }
             before = {name: x for name, x in found[held].items() if "ours" not in name}
-            for name in every:
-                if "+" in name:
-                    found[held][name] = torch.cat([found[held][part] for part in name.split(" + ", 1)], 1)
+            for name in ["harmonics, L=10", *(name for name in every if "ours" in name)]:
+                found[held][f"GeoCLIP + {name}"] = torch.cat([found[held]["GeoCLIP"], found[held][name]], 1)
     return found
 
 
@@ -193,27 +188,27 @@ def stations(args: argparse.Namespace) -> dict[str, Any]:
 def _regress(
     some: Sequence[Tensor], y: Tensor, fold: np.ndarray, held: int, block: np.ndarray, at_random: bool
 ) -> Tensor:
-    """Predictions of a fold by ridge regression; code and strength by a part of the other folds that was left out of fitting, in the same way."""
+    """Predictions of a fold by ridge regression; code and strength by a quarter of the other folds that was left out of fitting, in the same way."""
     train_, test = torch.from_numpy(fold != held), torch.from_numpy(fold == held)
     inner = stream(held, "inner").random(len(y) if at_random else block.max() + 1) < 0.25
     apart = torch.from_numpy(inner if at_random else inner[block]) & train_
-    fit = train_ & ~apart
-    best: list[Tensor] = []
-    for i in range(y.shape[1]):
-        least, chosen = np.inf, None
-        for x in some:
-            for strength in STRENGTHS:
-                ridge = fit_ridge(x[fit], y[fit, i], torch.arange(int(fit.sum())), strengths=(strength,), folds=2,
-                                  held_out=(x[apart][:0], y[apart, i][:0], torch.arange(0)))  # fmt: skip
-                error = float((ridge(x[apart])[:, 0] - y[apart, i]).square().mean())
-                if error < least:
-                    least, chosen = error, (x, strength)
-        assert chosen is not None
-        x, strength = chosen
-        whole = fit_ridge(x[train_], y[train_, i], torch.arange(int(train_.sum())), strengths=(strength,),
-                          held_out=(x[:0], y[:0, i], torch.arange(0)))  # fmt: skip
-        best.append(whole(x[test])[:, 0])
-    return torch.stack(best, 1)
+    errors = torch.stack([(_path(x, y, train_ & ~apart, apart) - y[apart]).square().mean(1) for x in some])
+    best = errors.flatten(0, 1).argmin(0)  # code and strength, for each target
+    whole = [_path(x, y, train_, test) for x in some]
+    return torch.stack([whole[int(b) // len(STRENGTHS)][int(b) % len(STRENGTHS), :, i] for i, b in enumerate(best)], 1)
+
+
+def _path(x: Tensor, y: Tensor, fit: Tensor, other: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Predictions [strength, n, target] of ``other`` rows by ridge regressions of standardised features, fitted to rows ``fit`` with weights."""
+    w = torch.ones(int(fit.sum()), 1).double() if weight is None else weight[fit, None].double()
+    w = w / w.sum()
+    x, y = x.double(), y.double()
+    mean, middle = (w * x[fit]).sum(0), (w * y[fit]).sum(0)
+    std = x[fit].std(0).clamp(min=1e-6)
+    a, b = (x[fit] - mean) / std, (x[other] - mean) / std
+    values, vectors = torch.linalg.eigh(a.T @ (w * a))
+    towards, seen = vectors.T @ (a.T @ (w * (y[fit] - middle))), b @ vectors
+    return torch.stack([middle + seen @ (towards / (values + s)[:, None]) for s in STRENGTHS]).float()
 
 
 def _r2(truth: np.ndarray, found: np.ndarray, block: np.ndarray) -> list[float]:
@@ -230,7 +225,8 @@ def _r2(truth: np.ndarray, found: np.ndarray, block: np.ndarray) -> list[float]:
 
 
 def land(args: argparse.Namespace) -> dict[str, Any]:
-    """Balanced accuracy of classes of land cover at random points on land, by blocks; points of which fewer than 10 have the class are left out."""
+    """Balanced accuracy of classes of land cover at random points on land, by blocks: ridge regression to the classes, each counting the same. Classes of
+    fewer than 10 points are left out."""
     lonlat = anywhere(12_000, stream(1, "land"))
     code = at(args.landcover, lonlat)
     common = [c for c in np.unique(code) if c != 0 and (code == c).sum() >= 10]
@@ -238,13 +234,17 @@ def land(args: argparse.Namespace) -> dict[str, Any]:
     label, fold, block = torch.from_numpy(np.searchsorted(common, code)), fold_of(lonlat, 0), blocks(lonlat)
     tables, found = _tables(args, lonlat, [*map(str, range(FOLDS))]), {}
     for name in [n for n in tables["0"] if not n.startswith("Fourier") or n == "Fourier 1.0"]:
-        guess = torch.zeros_like(label)
+        guess, one_hot = torch.zeros_like(label), F.one_hot(label).float()
         for held in range(FOLDS):
             x, keep = tables[str(held)][name], torch.from_numpy(fold != held)
-            group = torch.from_numpy(block).long()
-            probe = fit_linear(x[keep], label[keep], group[keep], classes=[str(c) for c in common], strengths=(1e-2,),
-                               per_group=10_000, calibrate=False)  # fmt: skip
-            guess[~keep] = probe.logits(x[~keep]).argmax(1)
+            inner = torch.from_numpy((stream(held, "inner").random(block.max() + 1) < 0.25)[block]) & keep
+            weight = 1 / torch.bincount(label)[label]
+            chosen = [
+                (label[inner] == part.argmax(1)).float() @ weight[inner]
+                for part in _path(x, one_hot, keep & ~inner, inner, weight)
+            ]
+            strength = int(torch.stack(chosen).argmax())
+            guess[~keep] = _path(x, one_hot, keep, ~keep, weight)[strength].argmax(1)
         found[name] = _balanced((guess == label).numpy(), label.numpy(), block)
         print(name, found[name], flush=True)
     return {"points": len(label), "classes": len(common), "balanced accuracy, blocks": found}
@@ -271,20 +271,20 @@ def words(args: argparse.Namespace) -> dict[str, Any]:
     articles = factbook.load(args.factbook)
     plain = [replace(a, sections=tuple(s for s in a.sections if s[0] in PLAIN)) for a in articles]
     settings = {
-        "climate, terrain, resources, hazards": (plain, 0),
-        "all sections": (articles, 0),
-        "all sections, own names removed": (_nameless(args.factbook, articles), 0),
-        "all sections, and towns": (articles, args.towns),
+        "climate, terrain, resources, hazards": (plain, 0, 300),
+        "all sections": (articles, 0, 300),
+        "all sections, own names removed": (_nameless(args.factbook, articles), 0, 300),
+        "all sections, and towns": (articles, args.towns, 500),
     }
     found: dict[str, Any] = {}
     for name in args.settings or settings:
-        some, towns = settings[name]
-        found[name] = _folds([a for a in some if a.sections], towns, args)
+        some, towns, steps = settings[name]
+        found[name] = _folds([a for a in some if a.sections], towns, steps, args)
         print(name, json.dumps(found[name], indent=1), flush=True)
     return found
 
 
-def _folds(articles: Sequence[Article], towns: int, args: argparse.Namespace) -> dict[str, Any]:
+def _folds(articles: Sequence[Article], towns: int, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     lonlat = np.array([article.lonlat for article in articles])
     fold = np.array([world.fold_of(article.lonlat, FOLDS, 0) for article in articles])
     block, truth = blocks(lonlat), cartesian(torch.from_numpy(lonlat))
@@ -294,16 +294,19 @@ def _folds(articles: Sequence[Article], towns: int, args: argparse.Namespace) ->
     strings = [" ".join(text for _, text in article.sections) for article in articles]
     errors = {
         "mean position": _nearest(torch.zeros(len(articles), 1), truth, fold),
-        "ridge, text as one string": _nearest(read(strings), truth, fold),
         "ridge, mean of sentences": _nearest(bags, truth, fold),
     }
+    if max(map(len, strings)) < 5000:  # of a longer one, little would be read
+        errors["ridge, text as one string"] = _nearest(read(strings), truth, fold)
     root = Path(args.folder) / "told.jsonl"
     records.save(articles, root)
     rows: list[dict[str, Any]] = []
     for held in range(FOLDS):
         options = {"root": root, "part": "train", "fold": held, "towns": towns}
         given = [f"data.0.options.{name}={value}" for name, value in options.items()]
-        recipe = Recipe.load("georeset_world", [*given, f"out={Path(args.folder) / 'run'}", *(args.set or ())])
+        recipe = Recipe.load(
+            "georeset_world", [*given, f"steps={steps}", f"out={Path(args.folder) / 'run'}", *(args.set or ())]
+        )
         model: Any = train(recipe, restart=True, quiet=True).encoder
         rows += _asked(model, articles, said, np.flatnonzero(fold == held))
     order = np.argsort([row["number"] for row in rows])
