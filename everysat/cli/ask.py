@@ -51,7 +51,7 @@ def ask(
     if sure is not None and not 0 <= sure <= 1:
         raise ValueError(f"--sure {sure:g} must lie between 0 and 1")
     where = None if place is None else _lonlat(place)
-    side_m = size_m or _side_m(encoder)
+    side_m = _side_m(encoder) if size_m is None else size_m
     if not side_m > 0:
         raise ValueError(f"--size-m {side_m:g} must be positive (metres)")
     if images:
