@@ -27,7 +27,7 @@ LAYERS = (
     ("features",),
     ("fold",),
     ("bench",),
-    ("tables", "demo"),
+    ("tables", "demo", "words_demo"),
     ("cli", "serve"),
 )
 """From the bottom to the top. Parts of one layer do not import each other; files of one part may."""

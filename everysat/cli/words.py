@@ -60,7 +60,7 @@ def classify(
     temperature: Annotated[float, typer.Option(help="of probabilities; above 1 for less sure ones")] = 1.0,
     examples: Annotated[Path | None, typer.Option(help="polygons of some classes, to move the prompts to")] = None,
     column: Annotated[str | None, typer.Option(help="which attribute of them holds the class")] = None,
-    worth: Annotated[float, typer.Option(help="how many polygons a prompt is worth beside them")] = 1.0,
+    worth: Annotated[float, typer.Option(help="how many polygons a prompt is worth beside them")] = 4.0,
     places: Annotated[bool, typer.Option("--places", help="one class for each file, or for each tile")] = False,
     tile_m: Annotated[float | None, typer.Option(help="side of tiles that --places are cut to, metres")] = None,
     gsd_m: Annotated[float | None, typer.Option(help="pixel of the map, metres; the model's token by default")] = None,

@@ -80,14 +80,14 @@ class Detections:
 
     def table(self) -> Table:
         """Without the boxes."""
-        rows = self.frame().drop(columns="geometry").to_dict("records")
-        for row in rows:
-            row |= {name: f"{row[name]:.6f}" for name in ("lon", "lat")} | {
-                name: f"{row[name]:.0f}" for name in ("width_m", "height_m", "area_m2")
+        rows = [
+            {
+                "rank": rank, "score": float(self.score[i]), "lon": f"{self.lon[i]:.5f}", "lat": f"{self.lat[i]:.5f}",
+                "width x height": f"{self.width_m[i]:.0f} x {self.height_m[i]:.0f} m", "area": f"{self.area_m2[i] / 1e4:.3g} ha",
             }
-        notes = (str(self),)
-        columns = tuple(column for column in self.frame().columns if column != "geometry")
-        return Table("Detections", columns, tuple(tuple(row[c] for c in columns) for row in rows), notes)
+            for i, rank in enumerate(range(1, len(self) + 1))
+        ]  # fmt: skip
+        return Table.of("Detections", rows, (str(self),))
 
     def save(self, path: str | Path) -> Path:
         """As ``.geojson`` or ``.parquet`` (boxes), or ``.csv`` (peaks)."""

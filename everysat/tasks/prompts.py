@@ -4,7 +4,8 @@ A class is a prompt in one or several ways of saying it ("forest", "an image of 
 (:meth:`everysat.models.georeset.GeoReset.text`). A cell or a place is compared with each by the likeness that words and images were trained on,
 :meth:`everysat.models.georeset.GeoReset.match`. In training its sigmoid told the one text of a place from those of strangers, so that its bias
 says how many strangers there were. Among prompts of which one is right, the odds of each are exp(match), and the probabilities their
-softmax: the bias, and with it the size of a training batch, cancels.
+softmax: the bias, and with it the size of a training batch, cancels. So does how sure the cell is (its variance is in all of its logits alike);
+``least_nats`` is what heeds it.
 
 With ``reject``, what is not likely enough, or of which too little is known, is *unsure*, a class of its own (the rule of Chow 1970: to abstain is
 worth ``reject``, to be right is worth 1). Where nothing was observed there is no class at all.
@@ -235,7 +236,7 @@ def build(
     reject: float = 0.0,
     least_nats: float = 0.0,
     examples: Mapping[str, Gaussian] | None = None,
-    worth: float = 1.0,
+    worth: float = 4.0,
     temperature: float = 1.0,
     target: str = "label",
     codes: Mapping[str, int] | None = None,
