@@ -85,7 +85,7 @@ SETS: dict[str, dict[str, Any]] = {
             }
         },
         "augment": {"flip": True, "turn": True},
-        "steps": 150,
+        "steps": 400,
         "shared": ["stages"],
         "score": "accuracy",
     },

@@ -196,15 +196,28 @@ def convert(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the results")] = Path("demo"),
+    topic: Annotated[
+        str, typer.Argument(help="land-use: learn and map; words: a query, classes and questions in words")
+    ] = "land-use",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="folder of the results; demo, or demo/words by default")
+    ] = None,
+    query: Annotated[str | None, typer.Option(help="of words: what to look for")] = None,
     short: Annotated[
-        bool, typer.Option("--short", help="a minute instead of several; scores mean little then")
+        bool, typer.Option("--short", help="of land-use: a minute instead of several; scores mean little then")
     ] = False,
 ) -> None:
-    """Learn from an unlabelled real Sentinel-2 scene, then map land use from a few polygons. Again to resume."""
-    from everysat.demo import run
+    """Learn from an unlabelled real Sentinel-2 scene, then map land use from a few polygons. Again to resume. Or find, map and ask in words: everysat demo words."""
+    if topic == "words":
+        from everysat import words_demo
 
-    run(out, short=short)
+        print(words_demo.run(out or Path("demo/words"), query=query or words_demo.QUERY))
+    elif topic == "land-use":
+        from everysat.demo import run
+
+        run(out or Path("demo"), short=short)
+    else:
+        raise LookupError(f"there is no demo of {topic!r}; there are land-use and words")
 
 
 def _train(recipe: str, settings: list[str] | None, quiet: bool, kind: str) -> None:

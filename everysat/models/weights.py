@@ -83,6 +83,10 @@ def save(
     return path
 
 
+SHIPPED = Path(__file__).parents[1] / "pretrained"
+"""Weights that come with the package; its README is their model card."""
+
+
 def load(
     name_or_path: str | Path, *, statistics: str | Path | Mapping[str, Any] | None = None, **changes: Any
 ) -> Encoder:
@@ -238,9 +242,11 @@ def describe(inputs: Mapping[str, Input]) -> dict[str, Any]:
 
 
 def installed(name: str) -> Path:
-    """Where weights that are loaded by name lie: below the folder ``EVERYSAT_WEIGHTS``, or ``~/.local/share/everysat``."""
+    """Where weights that are loaded by name lie: below the folder ``EVERYSAT_WEIGHTS``, or ``~/.local/share/everysat``; or among the few that
+    come with the package (:data:`SHIPPED`)."""
     folder = Path(os.environ.get("EVERYSAT_WEIGHTS") or Path.home() / ".local" / "share" / "everysat")
-    return folder / f"{name.replace('/', '-')}.safetensors"
+    file = f"{name.replace('/', '-')}.safetensors"
+    return SHIPPED / file if (SHIPPED / file).is_file() and not (folder / file).is_file() else folder / file
 
 
 def contract_path(path: str | Path) -> Path:

@@ -58,7 +58,9 @@ def made_by(store: Any) -> Path:
     """
     wanted = store.model.get("weights")
     folder = weights.installed("any").parent
-    for contract in sorted(f for place in (folder, weights.SHIPPED) for f in place.glob("*.safetensors.json")) if wanted else ():
+    for contract in (
+        sorted(f for place in (folder, weights.SHIPPED) for f in place.glob("*.safetensors.json")) if wanted else ()
+    ):
         if _told(contract).get("sha256") == wanted:
             return contract.with_suffix("")
     what = f"{model_of(store)} (in {folder})" if wanted else "any: the store does not tell which weights made it"
