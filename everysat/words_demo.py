@@ -74,12 +74,15 @@ def answers(questions: Sequence[str]) -> list[dict[str, Any]]:
     encoder, task = weights.load_task(weights.installed(ANSWERS))
     tiles = berlin.build(labels=True, tile_m=ASKED_M, stride_m=ASKED_M, **HELD_OUT)
     known = [float(tiles[i].raster("label").valid.float().mean()) for i in range(len(tiles))]
-    place = tiles[int(np.argmax(known))].without("label")
-    at = place.places[0].lonlat
+    place = tiles[int(np.argmax(known))]
+    at, label = place.places[0].lonlat, place.raster("label")
     assert at is not None
-    replies: Any = task.ask(encoder, place, list(questions))  # type: ignore[operator]
+    names, code = label.sensor.bands[0].classes or {}, label.values[label.valid].long()
+    shares = {names[int(c)]: float((code == c).sum()) / label.values.numel() for c in code.unique()}
+    mapped = ", ".join(f"{share:.0%} {name}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]))
+    replies: Any = task.ask(encoder, place.without("label"), list(questions))  # type: ignore[operator]
     return [
-        {"place": f"{at[0]:.4f}, {at[1]:.4f}", "question": r.question, "answer": r.said, "probability": f"{r.probability:.0%}", "guess without the image": f"{r.guess} ({r.guess_probability:.0%})"}
+        {"place": f"{at[0]:.4f}, {at[1]:.4f}", "question": r.question, "answer": r.said, "probability": f"{r.probability:.0%}", "guess without the image": f"{r.guess} ({r.guess_probability:.0%})", "mapped there": mapped}
         for r in replies
     ]  # fmt: skip
 
