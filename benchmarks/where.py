@@ -271,20 +271,20 @@ def words(args: argparse.Namespace) -> dict[str, Any]:
     articles = factbook.load(args.factbook)
     plain = [replace(a, sections=tuple(s for s in a.sections if s[0] in PLAIN)) for a in articles]
     settings = {
-        "climate, terrain, resources, hazards": (plain, 0, 300),
-        "all sections": (articles, 0, 300),
-        "all sections, own names removed": (_nameless(args.factbook, articles), 0, 300),
-        "all sections, and towns": (articles, args.towns, 500),
+        "climate, terrain, resources, hazards": (plain, 0),
+        "all sections": (articles, 0),
+        "all sections, own names removed": (_nameless(args.factbook, articles), 0),
+        "all sections, and towns": (articles, args.towns),
     }
     found: dict[str, Any] = {}
     for name in args.settings or settings:
-        some, towns, steps = settings[name]
-        found[name] = _folds([a for a in some if a.sections], towns, steps, args)
+        some, towns = settings[name]
+        found[name] = _folds([a for a in some if a.sections], towns, args)
         print(name, json.dumps(found[name], indent=1), flush=True)
     return found
 
 
-def _folds(articles: Sequence[Article], towns: int, steps: int, args: argparse.Namespace) -> dict[str, Any]:
+def _folds(articles: Sequence[Article], towns: int, args: argparse.Namespace) -> dict[str, Any]:
     lonlat = np.array([article.lonlat for article in articles])
     fold = np.array([world.fold_of(article.lonlat, FOLDS, 0) for article in articles])
     block, truth = blocks(lonlat), cartesian(torch.from_numpy(lonlat))
@@ -304,11 +304,15 @@ def _folds(articles: Sequence[Article], towns: int, steps: int, args: argparse.N
     for held in range(FOLDS):
         options = {"root": root, "part": "train", "fold": held, "towns": towns}
         given = [f"data.0.options.{name}={value}" for name, value in options.items()]
-        recipe = Recipe.load(
-            "georeset_world", [*given, f"steps={steps}", f"out={Path(args.folder) / 'run'}", *(args.set or ())]
-        )
+        recipe = Recipe.load("georeset_world", [*given, f"out={Path(args.folder) / 'run'}", *(args.set or ())])
         model: Any = train(recipe, restart=True, quiet=True).encoder
         rows += _asked(model, articles, said, np.flatnonzero(fold == held))
+        print(
+            f"fold {held}",
+            np.median([row["best cell"] for row in rows]),
+            np.median([row["middle"] for row in rows]),
+            flush=True,
+        )
     order = np.argsort([row["number"] for row in rows])
     rows = [rows[i] for i in order]
     errors |= {f"georeset, {way}": np.array([row[way] for row in rows]) for way in ("best cell", "middle")}
@@ -448,7 +452,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", help="a file, see above")
     parser.add_argument("--steps", type=int, default=400, help="of learn")
     parser.add_argument("--seeds", type=int, default=3, help="draws of blocks for stations")
-    parser.add_argument("--towns", type=int, default=100_000, help="least population of towns, for words")
+    parser.add_argument("--towns", type=int, default=500_000, help="least population of towns, for words")
     parser.add_argument("--settings", nargs="*", help="which of the settings of words")
     parser.add_argument("--set", nargs="*", help="changes of the recipe, for words")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ EARTH_KM = 6371.0088
 RADIUS_M = 100_000.0
 """Of the places that are compared, where what is said does not tell how large it is."""
 AT_ONCE = 8192
+COARSE_DEG = 5.0
+"""Cells between which distances are averaged."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,22 @@ class Located:
         return found
 
     def middle(self) -> tuple[tuple[float, float], float]:
-        """The point, of a grid of 3 degrees or the globe's own if that is coarser, from which the expected distance is least, and within how
-        many km of it half of the probability lies."""
-        coarse = self.globe if self.globe.step_deg > 3 else Globe(3.0)
-        likely = self.probability.topk(min(AT_ONCE, len(self.match)))
-        at, share = cartesian(self.globe.lonlat)[likely.indices], likely.values / likely.values.sum()
-        cost = torch.cat([_arc(part @ at.T) @ share for part in cartesian(coarse.lonlat).split(512)])
-        best = coarse.lonlat[int(cost.argmin())]
-        distance, order = distance_km(at, cartesian(best[None])[0]).sort()
-        half = int((share[order].cumsum(0) < 0.5).sum())
-        return (float(best[0]), float(best[1])), float(distance[min(half, len(order) - 1)])
+        """The cell from which the expected distance is least, and within how many km of it half of the probability lies. Expected distances are those to
+        cells of :data:`COARSE_DEG`, or of the globe if these are larger, with their probability: first of all of those, then of what is near the best."""
+        coarse = Globe(max(COARSE_DEG, self.globe.step_deg))
+        lonlat, probability = self.globe.lonlat, self.probability
+        rows, columns = coarse.shape
+        row = ((90 - lonlat[:, 1]) / coarse.step_deg).long().clamp(0, rows - 1)
+        column = ((lonlat[:, 0] + 180) / coarse.step_deg).long().clamp(0, columns - 1)
+        mass = torch.zeros(rows * columns, dtype=torch.float64).index_add(0, row * columns + column, probability)
+        first = int((_distances(coarse) @ mass.float()).argmin())
+        at, there = cartesian(lonlat), cartesian(coarse.lonlat)
+        close = (distance_km(at, there[first]) < 1.5 * 111.2 * coarse.step_deg).nonzero()[:, 0]
+        cost = torch.stack([distance_km(there, point) @ mass for point in at[close]])
+        best = int(close[int(cost.argmin())])
+        distance, order = distance_km(at, at[best]).sort()
+        half = int((probability[order].cumsum(0) < 0.5).sum())
+        return (float(lonlat[best, 0]), float(lonlat[best, 1])), float(distance[min(half, len(order) - 1)])
 
     def table(self, top: int = 5, apart_km: float = 1000.0) -> Table:
         """The best places, with the settlement next to each if the gazetteer is installed, and its distance."""
@@ -197,8 +206,11 @@ def match(model: GeoReset, said: Gaussian, globe: Globe, radius_m: float = RADIU
     return [Located(globe, row, radius_m) for row in torch.cat(parts, 1)]
 
 
-def _arc(cosine: Tensor) -> Tensor:
-    return EARTH_KM * cosine.clamp(-1, 1).acos()
+@lru_cache(maxsize=2)
+def _distances(globe: Globe) -> Tensor:
+    """Between all cells, km, float32 [cell, cell]."""
+    at = cartesian(globe.lonlat).float()
+    return EARTH_KM * (at @ at.T).clamp(-1, 1).acos()
 
 
 def distance_km(points: Tensor, other: Tensor) -> Tensor:
