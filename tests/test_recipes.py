@@ -38,6 +38,7 @@ ADAPT = ("adapt_so2sat",)
 ON_REAL_DATA = (
     "berlin",
     "ask_berlin",
+    "ask_georeset",
     "confidence_berlin",
     "georeset_berlin",
     "anysat_berlin",

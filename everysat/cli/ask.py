@@ -15,6 +15,7 @@ from everysat.cli.options import Period, Reading, Sensor, Source, Times, reading
 
 app = typer.Typer()
 SIZE_M = 480.0
+"""For models that do not know on what they learned."""
 
 
 @app.command()
@@ -51,7 +52,7 @@ def ask(
     if sure is not None and not 0 <= sure <= 1:
         raise ValueError(f"--sure {sure:g} must lie between 0 and 1")
     where = None if place is None else _lonlat(place)
-    side_m = _side_m(encoder) if size_m is None else size_m
+    side_m = task.side_m or SIZE_M if size_m is None else size_m
     if not side_m > 0:
         raise ValueError(f"--size-m {side_m:g} must be positive (metres)")
     if images:
@@ -138,16 +139,10 @@ def _lonlat(place: str) -> tuple[float, float]:
     return lon, lat
 
 
-def _side_m(encoder: Any) -> float:
-    """Of the images that the model learned on, as far as it says."""
-    return float(getattr(getattr(encoder, "settings", None), "chip_m", None) or SIZE_M)
-
-
 def _middle(
     files: list[str], encoder: Any, side_m: float, lonlat: tuple[float, float] | None, sensor: str | None, times: list[str] | None, reading: list[str] | None
 ) -> Any:  # fmt: skip
     """The square of files, on their own pixels."""
-
     from pyproj import Transformer
 
     from everysat.io import grid, read
@@ -158,19 +153,24 @@ def _middle(
     side = max(scene.step, round(side_m / gsd_m / scene.step) * scene.step)
     row, column = (size / 2 for size in scene.shape)
     if lonlat is not None:
-        x, y = Transformer.from_crs("EPSG:4326", scene.geobox.crs.proj, always_xy=True).transform(*lonlat)
+        x, y = Transformer.from_crs("EPSG:4326", grid.crs_of(scene.geobox).proj, always_xy=True).transform(*lonlat)
         column, row = ~scene.geobox.affine * (x, y)
         if not (0 <= row < scene.shape[0] and 0 <= column < scene.shape[1]):
             lon, lat = grid.to_lonlat(scene.geobox, [0, scene.shape[1]], [scene.shape[0], 0])
             raise ValueError(
                 f"--place {lonlat[0]:g},{lonlat[1]:g} lies outside of the files, which reach from {lon[0]:.4f},{lat[0]:.4f} to {lon[1]:.4f},{lat[1]:.4f}"
             )
-    starts = []
-    for centre, size in zip((row, column), scene.shape, strict=True):
-        last = max(0, (size - side) // scene.step)
-        starts.append(scene.step * min(last, max(0, math.floor((centre - side / 2) / scene.step + 0.5))))
-    window = tuple(slice(start, min(start + side, size)) for start, size in zip(starts, scene.shape, strict=True))
-    return scene.read(window)
+    rows, columns = (
+        _span(centre, side, size, scene.step) for centre, size in zip((row, column), scene.shape, strict=True)
+    )
+    return scene.read((rows, columns))
+
+
+def _span(centre: float, side: int, size: int, step: int) -> slice:
+    """``side`` of ``size`` pixels around a centre, moved inside, that begins at a whole pixel of all layers."""
+    last = max(0, (size - side) // step)
+    start = step * min(last, max(0, math.floor((centre - side / 2) / step + 0.5)))
+    return slice(start, min(start + side, size))
 
 
 def _described(place: Any) -> dict[str, float]:

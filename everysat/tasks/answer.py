@@ -96,6 +96,7 @@ class Answer(Task):
     remembered: Tensor
     misfit: Tensor
     tried: Tensor
+    side: Tensor
 
     def __init__(self, encoder: Encoder, config: dict[str, Any]) -> None:
         super().__init__()
@@ -114,6 +115,7 @@ class Answer(Task):
         self.register_buffer("kind_of", torch.tensor(codes), persistent=False)
         self.register_buffer("counts", torch.zeros(len(self.names), dtype=torch.int64))
         self.register_buffer("examples", torch.zeros(EXAMPLES, config["vector"]))
+        self.register_buffer("side", torch.zeros(1))
         self.register_buffer("remembered", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("misfit", torch.zeros(len(self.types), len(TEMPERATURES), dtype=torch.float64))
         self.register_buffer("tried", torch.zeros(len(self.types), dtype=torch.float64))
@@ -139,6 +141,8 @@ class Answer(Task):
             terms["answer"] = _cross_entropy(logits, label)
             loss = terms["answer"] + self.config["guess"] * terms["blind"]
         self._note(guessed if features is None else logits, vector, kind, label)
+        if self.training:
+            self.side.fill_(min(batch.width_m, batch.height_m))
         labelled = loss.new_tensor(float(len(label)))
         return {"loss": loss + self.config["type_weight"] * terms["type"], **terms, "labelled": labelled}
 
@@ -241,6 +245,11 @@ class Answer(Task):
                 Reply(string, self.types[int(kinds[i])], answer, p, p >= limit, *told, bool(seen[i]), int(row[i]))
             )
         return tuple(replies)
+
+    @property
+    def side_m(self) -> float:
+        """Side of the places that were learned from, metres; 0 before."""
+        return float(self.side)
 
     @property
     def learned(self) -> tuple[str, ...]:
