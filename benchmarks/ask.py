@@ -39,16 +39,22 @@ def main() -> None:
     parser.add_argument("--recipe", default="ask_berlin")
     parser.add_argument("--folder", type=Path, default=Path("runs/ask"), help="of the runs; finished ones are kept")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--skip-blind", action="store_true", help="no runs without the image: only the same model with the image hidden"
+    )
     parser.add_argument("--name", default="ask", help="of the file of results")
     parser.add_argument("--set", action="append", default=[], help="change an entry of the recipe")
     options = parser.parse_args()
-    changes = {"with the image": [], "without the image": ["task.options.blind=true"]}
+    changes = {"with the image": []} | (
+        {} if options.skip_blind else {"without the image": ["task.options.blind=true"]}
+    )
     runs: dict[str, list[Run]] = {
         how: [_trained(options.recipe, options.folder / f"{how.replace(' ', '_')}_{seed}", [*options.set, *more, f"seed={seed}"]) for seed in range(options.seeds)]
         for how, more in changes.items()
     }  # fmt: skip
     test = _test(runs["with the image"][0].recipe)
     found = {how: [_answered(run, test) for run in some] for how, some in runs.items()}
+    found["the same model, image hidden"] = [{**one, "right": one["guessed"]} for one in found["with the image"]]
     found["most frequent answer of the type"] = [_frequent(one) for one in found["with the image"]]
     rows = table(found)
     print(rows.markdown())
@@ -80,16 +86,16 @@ def _answered(run: Run, test: asked.Asked) -> dict[str, Any]:
     for batch in in_order(test, 16):
         prediction = task.predict(task.features(run.encoder, batch), batch)
         chances, label = task.pairs(prediction, batch)
-        parts.append((chances[:, 0], label))
+        parts.append((chances[:, 0], chances[:, 1], label))
         known = (task.asked(batch).label >= 0) & prediction.valid.flatten(1).any(1)
         row = batch.layers["questions"].row[known]
         blocks.append(torch.tensor([_block(batch.places[int(i)], run.recipe) for i in row]))
         kinds.append(task.kind_of[label])
-    chances, label = (torch.cat(part) for part in zip(*parts, strict=True))
+    chances, guesses, label = (torch.cat(part) for part in zip(*parts, strict=True))
     sure, said = chances.max(1)
     names = [task.types[int(kind)] for kind in torch.cat(kinds)]
     learned = dict(zip(task.names, task.counts.tolist(), strict=True))
-    return {"label": label, "sure": sure, "right": (said == label).double(), "kind": names, "block": torch.cat(blocks), "learned": learned, "names": task.names}  # fmt: skip
+    return {"label": label, "sure": sure, "right": (said == label).double(), "guessed": (guesses.argmax(1) == label).double(), "kind": names, "block": torch.cat(blocks), "learned": learned, "names": task.names}  # fmt: skip
 
 
 def _block(place: Any, recipe: Recipe) -> int:
