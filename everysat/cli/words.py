@@ -62,7 +62,10 @@ def classify(
     column: Annotated[str | None, typer.Option(help="which attribute of them holds the class")] = None,
     worth: Annotated[float, typer.Option(help="how many polygons a prompt is worth beside them")] = 4.0,
     places: Annotated[bool, typer.Option("--places", help="one class for each file, or for each tile")] = False,
-    tile_m: Annotated[float | None, typer.Option(help="side of tiles that --places are cut to, metres")] = None,
+    tile_m: Annotated[
+        float | None,
+        typer.Option(help="side of tiles that --places are cut to, metres; best that of the chips a model learned on"),
+    ] = None,
     gsd_m: Annotated[float | None, typer.Option(help="pixel of the map, metres; the model's token by default")] = None,
     shifts: Annotated[int, typer.Option(help="token grids per axis for maps finer than tokens")] = 1,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="write those of all classes too")] = False,
@@ -95,6 +98,12 @@ def classify(
     if out is None and not places:
         raise ValueError("--out is missing: a map is written as .tif; --places shows a table without it")
     (encoder,) = _on(device, encoder_of(model, at))
+    learned_m = getattr(getattr(encoder, "settings", None), "chip_m", None)
+    if tile_m is not None and learned_m and tile_m > 2 * learned_m and not quiet:
+        print(
+            f"--tile-m {tile_m:g} is much more than the {learned_m:g} m that the model takes at once: slow, and not what it learned on",
+            file=sys.stderr,
+        )
 
     def scene(these: list[str]) -> Any:
         return scene_of(these, encoder, sensor, times, place, period, source, reading)

@@ -80,14 +80,14 @@ class Detections:
 
     def table(self) -> Table:
         """Without the boxes."""
-        rows = [
-            {
-                "rank": rank, "score": float(self.score[i]), "lon": f"{self.lon[i]:.5f}", "lat": f"{self.lat[i]:.5f}",
-                "width x height": f"{self.width_m[i]:.0f} x {self.height_m[i]:.0f} m", "area": f"{self.area_m2[i] / 1e4:.3g} ha",
-            }
-            for i, rank in enumerate(range(1, len(self) + 1))
-        ]  # fmt: skip
-        return Table.of("Detections", rows, (str(self),))
+        rows = tuple(
+            (
+                i + 1, float(self.score[i]), f"{self.lon[i]:.5f}", f"{self.lat[i]:.5f}",
+                f"{self.width_m[i]:.0f} x {self.height_m[i]:.0f} m", f"{self.area_m2[i] / 1e4:.3g} ha",
+            )
+            for i in range(len(self))
+        )  # fmt: skip
+        return Table("Detections", ("rank", "score", "lon", "lat", "width x height", "area"), rows, (str(self),))
 
     def save(self, path: str | Path) -> Path:
         """As ``.geojson`` or ``.parquet`` (boxes), or ``.csv`` (peaks)."""
