@@ -37,6 +37,7 @@ def python_blocks(page: Path) -> str:
         "anysat.md",
         "any_sensor.md",
         "maps.md",
+        "words.md",
         "confidence.md",
         "distill.md",
         "adapt.md",
