@@ -114,12 +114,13 @@ def _part(base: Dataset, part: str, block_m: float | None, shares: Mapping[str, 
     if part not in shares:
         raise ValueError(f"part={part!r} is none of the shares. {suggest(part, shares)}")
     gsd_m = grid.gsd_m(base.scene.geobox)
-    first, last = (
-        np.floor(base.corners * gsd_m / block_m),
-        np.floor(((base.corners + base.pixels) * gsd_m - 1e-3) / block_m),
-    )
-    inside = base.corners[(first == last).all(1)]
-    if not len(inside):
+    first, last = (np.floor((base.corners * gsd_m + add) / block_m) for add in (0.0, base.pixels * gsd_m - 1e-3))
+    inside = (first == last).all(1)
+    if not inside.any():
         raise ValueError(f"no tile lies in one block of {block_m:g} m: make blocks larger than tiles")
-    split = spatial_blocks((inside + base.pixels / 2) * gsd_m, block_m, shares, stream(seed, "split"))
-    return replace(base, corners=inside[split[part]])
+    # Blocks that hold a tile in their corner are drawn, not those that these tiles lie in: so the stride of a part does not change which ground is whose.
+    starts = [np.arange(0, n * gsd_m - base.pixels * gsd_m + 1e-3, block_m) for n in base.scene.shape]
+    blocks = np.stack(np.meshgrid(*starts, indexing="ij"), -1).reshape(-1, 2)
+    split = spatial_blocks(blocks + base.pixels * gsd_m / 2, block_m, shares, stream(seed, "split"))
+    mine = {tuple(block) for block in np.floor(blocks[split[part]] / block_m + 1e-6)}
+    return replace(base, corners=base.corners[inside & np.array([tuple(block) in mine for block in first])])
