@@ -27,7 +27,7 @@ from everysat.nn.probe import Scale, fit_linear
 from everysat.predict import plan_of
 from everysat.progress import Progress
 from everysat.table import Table
-from everysat.types import Batch, Encoder, Place, Task
+from everysat.types import Batch, ContractError, Encoder, Place, Task
 
 Extractor = Callable[[Batch], Tensor]
 """From a batch to features of every pixel, [row, dim, y, x]."""
@@ -287,7 +287,13 @@ def _sampled_by_windows(features: Dense, ground: Source, source: Any, column: st
 
 
 def task_mapper(encoder: Encoder, task: Task) -> Tasked:
-    """What maps with a fine-tuned task, by squares of the size that its encoder was trained on."""
+    """What maps with a fine-tuned task, by squares of the size that its encoder was trained on.
+
+    Raises:
+        ContractError: the task answers questions, and makes no map.
+    """
+    if hasattr(task, "ask"):
+        raise ContractError('this model answers questions and makes no map: everysat ask MODEL FILES "Is there water?"')
     side = token_m(encoder)
     gsd_m = float(task.config.get("gsd_m") or side)
     settings: Any = encoder.settings

@@ -314,3 +314,11 @@ def test_mistakes(trained) -> None:
     wrong = answer.build(encoder=encoder, answers=ANSWERS, words="letters", vector=27)
     with pytest.raises(ContractError, match="gives vectors of 26 numbers, the task was made for 27"):
         wrong.asked(batch)
+
+
+def test_a_model_that_answers_makes_no_map() -> None:
+    from everysat.polygons import task_mapper
+    from everysat.types import ContractError
+
+    with pytest.raises(ContractError, match="everysat ask"):
+        task_mapper(encoder := SquareEncoder(), task_on(encoder))
