@@ -23,9 +23,7 @@ def test_its_projection_is_the_strided_convolution():
     torch.manual_seed(0)
     block, x = Residual(4, 6, 2).eval(), torch.randn(2, 4, 9, 8)
     assert block.downsample is not None
-    torch.testing.assert_close(
-        block.downsample[0](x[..., ::2, ::2]), F.conv2d(x, block.downsample[0].weight, stride=2)
-    )
+    torch.testing.assert_close(block.downsample[0](x[..., ::2, ::2]), F.conv2d(x, block.downsample[0].weight, stride=2))
     assert block(x).shape == (2, 6, 5, 4)
 
 
