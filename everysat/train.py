@@ -401,7 +401,9 @@ class _Training:
             "seed": recipe.seed,
             "data_hashes": [manifest.fingerprint(d) for d in self.data],
             "places": [len(d) for d in self.data],
-            "initial_weights_sha256": manifest.sha256(recipe.model.weights) if recipe.model.weights else None,
+            "initial_weights_sha256": manifest.sha256(weights.located(recipe.model.weights))
+            if recipe.model.weights
+            else None,
             "resumed_at_step": first,
             "device": str(self.fabric.device),
             "processes": self.fabric.world_size,

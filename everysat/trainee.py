@@ -66,9 +66,9 @@ def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
             options = {**options, "modalities": _modalities(model.name, module, options, data)}
         encoder: Encoder = module.build(variant, **options)
     else:
-        named = weights.installed(model.weights)
-        here = Path(model.weights)
-        encoder = weights.load(here if here.is_file() or not named.is_file() else named, **model.options)
+        encoder = weights.load(
+            found if (found := weights.located(model.weights)).is_file() else Path(model.weights), **model.options
+        )
         if find("models", encoder.family)[0] is not module:
             raise RecipeError(
                 f"model.weights={model.weights} is of family {encoder.family!r}, model.name says {model.name!r}"

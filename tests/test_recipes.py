@@ -8,6 +8,7 @@ import torch
 from everysat.data import berlin
 from everysat.find import find
 from everysat.models import anysat, simplesat, weights
+from everysat.nn.minilm import text_encoder
 from everysat.recipe import SHIPPED, Recipe
 from everysat.train import train
 
@@ -176,3 +177,26 @@ def test_a_new_sensor_learns_and_the_rest_stays(folder) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     fresh = weights.load(file, modalities={"planet": planet}).state_dict()
     assert not torch.equal(after["projectors.planet.query"], fresh["projectors.planet.query"])
+
+
+@pytest.mark.parametrize("name", ["georeset_berlin", "ask_berlin", "ask_georeset"])
+def test_words_of_the_real_scene(name, folder) -> None:
+    try:
+        berlin.files()
+        text_encoder("minilm")
+    except (FileNotFoundError, ImportError) as error:
+        pytest.skip(f"not installed: {error}")
+    few = [
+        "steps=1",
+        "batch_size=2",
+        "warmup_steps=0",
+        "validation=[]",
+        "validate_every=0",
+        "data.0.options.options.stride_m=1440",
+        f"out={folder / name}",
+    ]
+    if name == "ask_georeset":
+        few.append("model.weights=georeset/berlin")
+    run = train(Recipe.load(name, few), quiet=True)
+    assert run.log[-1]["loss"] > 0
+    assert {"georeset_berlin": "ground"}.get(name, "blind") in run.log[-1]

@@ -116,8 +116,7 @@ def _answering(model: str) -> tuple[Any, Any]:
     from everysat.models import weights
     from everysat.tasks.answer import Answer
 
-    path = Path(model) if Path(model).is_file() else weights.installed(model)
-    encoder, task = weights.load_task(path)
+    encoder, task = weights.load_task(weights.located(model))
     if not isinstance(task, Answer):
         raise ValueError(
             f"{model} answers no questions, its task is {type(task).__name__.lower()}: train one that does, with everysat finetune ask_berlin"

@@ -233,7 +233,7 @@ def _facts(model: str, scene: Any) -> dict[str, Any]:
     source = SceneSource(scene, min(layer.gsd_m for layer in scene.layers.values()))
     spans = [t for layer in scene.layers.values() for t in layer.times if math.isfinite(t[0]) and math.isfinite(t[1])]
     when = (dates.iso(min(a for a, _ in spans)), dates.iso(max(b for _, b in spans))) if spans else None
-    path = Path(model) if Path(model).is_file() else weights.installed(model)
+    path = weights.located(model)
     contract = weights.contract_path(path)
     told = json.loads(contract.read_text(encoding="utf-8")) if contract.is_file() else {}
     known = {"name": told.get("name") or Path(model).stem, "weights": told.get("sha256"), "family": told.get("family")}

@@ -291,7 +291,7 @@ def _tell(rows: list[tuple[str, Any]], task: Any, out: Path | None) -> None:
 def _save(path: Path, model: str, encoder: Any, task: Any) -> None:
     from everysat.models import weights
 
-    contract = weights.contract_path(Path(model) if Path(model).is_file() else weights.installed(model))
+    contract = weights.contract_path(weights.located(model))
     told = weights.read_contract(Path(str(contract)[: -len(".json")]), weights.FORMAT, "") if contract.is_file() else {}
     facts: dict[str, Any] = {key: told[key] for key in ("source", "licence", "recipe") if key in told}
     print(f"weights: {weights.save(path, encoder, task, {**facts, 'of_weights': told.get('sha256')})}")

@@ -249,6 +249,11 @@ def installed(name: str) -> Path:
     return SHIPPED / file if (SHIPPED / file).is_file() and not (folder / file).is_file() else folder / file
 
 
+def located(name_or_path: str | Path) -> Path:
+    """The file itself if there is one, or else where weights of that name are installed."""
+    return Path(name_or_path) if _is_file(name_or_path) else installed(str(name_or_path))
+
+
 def contract_path(path: str | Path) -> Path:
     """Where the contract of a weights file lies."""
     return Path(f"{path}.json")

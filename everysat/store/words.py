@@ -70,7 +70,7 @@ def made_by(store: Any) -> Path:
 
 
 def _path(model: str | Path) -> Path:
-    path = Path(model) if Path(model).is_file() else weights.installed(str(model))
+    path = weights.located(model)
     if not path.is_file() or not weights.contract_path(path).is_file():
         raise FileNotFoundError(f"--model {model} is neither a weights file nor the name of installed weights")
     return path
