@@ -35,7 +35,8 @@ TRUE = {"farm": "farmland", "grass": "grassland", "meadow": "grassland", "reside
 """Prompts of the classes of the polygons that are called otherwise."""
 QUESTIONS = ("Is there water?", "How much of the area is forest?", "Is it a rural or an urban area?")
 HELD_OUT: dict[str, Any] = {"block_m": 1440.0, "shares": {"train": 0.5, "val": 0.15, "test": 0.35}, "part": "test"}
-ASKED_M = 480.0
+ASKED_M, SQUARES = 480.0, 3
+"""Side of the squares that are asked about, and their number."""
 LICENCE = "Copernicus Sentinel data 2017; (c) OpenStreetMap contributors (ODbL)"
 
 
@@ -70,21 +71,25 @@ def run(
 
 
 def answers(questions: Sequence[str]) -> list[dict[str, Any]]:
-    """To each question, of the square of held-out ground whose polygons tell most."""
+    """To each question, of the :data:`SQUARES` squares of held-out ground whose polygons tell most, which stand beside."""
     encoder, task = weights.load_task(weights.installed(ANSWERS))
     tiles = berlin.build(labels=True, tile_m=ASKED_M, stride_m=ASKED_M, **HELD_OUT)
     known = [float(tiles[i].raster("label").valid.float().mean()) for i in range(len(tiles))]
-    place = tiles[int(np.argmax(known))]
-    at, label = place.places[0].lonlat, place.raster("label")
-    assert at is not None
-    names, code = label.sensor.bands[0].classes or {}, label.values[label.valid].long()
-    shares = {names[int(c)]: float((code == c).sum()) / label.values.numel() for c in code.unique()}
-    mapped = ", ".join(f"{share:.0%} {name}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]))
-    replies: Any = task.ask(encoder, place.without("label"), list(questions))  # type: ignore[operator]
-    return [
-        {"place": f"{at[0]:.4f}, {at[1]:.4f}", "question": r.question, "answer": r.said, "probability": f"{r.probability:.0%}", "guess without the image": f"{r.guess} ({r.guess_probability:.0%})", "mapped there": mapped}
-        for r in replies
-    ]  # fmt: skip
+    rows = []
+    for index in np.argsort(known)[::-1][:SQUARES]:
+        place = tiles[int(index)]
+        at, label = place.places[0].lonlat, place.raster("label")
+        assert at is not None
+        names, code = label.sensor.bands[0].classes or {}, label.values[label.valid].long()
+        shares = {names[int(c)]: float((code == c).sum()) / label.values.numel() for c in code.unique()}
+        mapped = ", ".join(f"{share:.0%} {name}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]))
+        for r in task.ask(encoder, place.without("label"), list(questions)):  # type: ignore[operator]
+            rows.append({
+                "place": f"{at[0]:.4f}, {at[1]:.4f}", "mapped there": mapped, "question": r.question,
+                "answer": r.said if r.sure or not r.observed else f"{r.answer}, not sure", "probability": f"{r.probability:.0%}",
+                "guess without the image": f"{r.guess} ({r.guess_probability:.0%})",
+            })  # fmt: skip
+    return rows
 
 
 def scores(classes: Sequence[str], found: np.ndarray, sure: np.ndarray) -> dict[str, float]:
@@ -151,7 +156,7 @@ def _report(
     figure = maps_figure(panels, classes)
     figure.savefig(out / "words.png", dpi=110)
     report.add_figure(figure, f"Scores of the query between their median and 99.9 %. Prompts: {', '.join(classes)}.")
-    report.add_table(Table.of("Questions about a square of 480 m that was held out", replies))
+    report.add_table(Table.of("Questions about three squares of 480 m that were held out", replies))
     if told:
         report.add_text(f"Calibration error of the map's probabilities: {told['calibration error']:.2f}.")
     report.add_facts({"weights": f"{SPACE}, {ANSWERS}", "this run took": f"{seconds:.0f} s", "data": LICENCE})
