@@ -1,6 +1,6 @@
 """Does SHeDD beat training on the target's few labels alone? Real scenes and real crop masks, paired with baselines on the same networks.
 
-    EVERYSAT_DATA=DIR OMP_NUM_THREADS=1 python -m benchmarks.adapt OUT      # writes OUT/adapt.md and OUT/adapt.json; half an hour of one core
+    EVERYSAT_DATA=DIR OMP_NUM_THREADS=1 python -m benchmarks.adapt OUT      # writes OUT/adapt.md and OUT/adapt.json; some two hours of one core
     EVERYSAT_DATA=DIR python -m benchmarks.adapt OUT scenes/5               # cells whose name contains this
 
 Every finished cell is kept in OUT/cells; the same command goes on. Small networks and few steps, the same for all methods, so that it runs on a CPU: scores are
@@ -85,7 +85,7 @@ SETS: dict[str, dict[str, Any]] = {
             }
         },
         "augment": {"flip": True, "turn": True},
-        "steps": 400,
+        "steps": 1200,
         "shared": ["stages"],
         "score": "accuracy",
     },
