@@ -2,6 +2,7 @@
 
     EVERYSAT_DATA=DIR OMP_NUM_THREADS=1 python -m benchmarks.adapt OUT      # writes OUT/adapt.md and OUT/adapt.json; some two hours of one core
     EVERYSAT_DATA=DIR python -m benchmarks.adapt OUT scenes/5               # cells whose name contains this
+    EVERYSAT_DATA=DIR python -m benchmarks.adapt OUT400 scenes/25 400       # with so many steps, in a folder of their own
 
 Every finished cell is kept in OUT/cells; the same command goes on. Small networks and few steps, the same for all methods, so that it runs on a CPU: scores are
 not the best that can be had, only their order is asked for.
@@ -33,7 +34,7 @@ import torch
 
 from everysat.data import dea_cropmask, domains, rsicd
 from everysat.data.batches import Dataset, Subset, in_order
-from everysat.evaluate import Evaluation, Samples, evaluate
+from everysat.evaluate import Evaluation, Samples, of_predictions
 from everysat.recipe import Recipe
 from everysat.table import Table
 from everysat.train import train
@@ -310,11 +311,9 @@ def _evaluated(
     cells = [dict(np.load(_path(out, data, shots, method, seed))) for seed in seeds]
     test = setup.sets["test"]
     classes = tuple((test.label.bands[0].classes or {}).values())
-    # One place that trains, for that is what an evaluation asks for; predictions are there already.
-    label, group = torch.tensor([0, *test.code]), torch.tensor([-1, *setup.group])
-    samples = Samples(torch.zeros(len(label), 1), label, group, classes)
-    said = iter(torch.from_numpy(one["probabilities"]) for one in cells)
-    found = evaluate(samples, [([-1], sorted(set(setup.group.tolist())))] * len(cells), lambda _: next(said))
+    label, group = torch.as_tensor(test.code), torch.as_tensor(setup.group)
+    samples = Samples(torch.zeros(len(label), 1), label.long(), group.long(), classes)
+    found = of_predictions(samples, [torch.from_numpy(one["probabilities"]) for one in cells])
     mean = {
         name: float(np.mean([one[name] for one in cells]))
         for name in ("seconds", "labelled", "confident", "pseudo", "domain", "orthogonality")
@@ -323,4 +322,6 @@ def _evaluated(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    for told in SETS.values() if len(sys.argv) > 3 else ():
+        told["steps"] = int(sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:3])

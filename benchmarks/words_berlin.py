@@ -23,7 +23,7 @@ from everysat.collect import witnesses
 from everysat.data import berlin
 from everysat.data.disturbed import Disturbed
 from everysat.data.statistics import band_statistics
-from everysat.evaluate import Samples, evaluate
+from everysat.evaluate import Samples, of_predictions
 from everysat.models import weights
 from everysat.nn.risk import auroc, risk_coverage
 from everysat.table import Table
@@ -89,10 +89,7 @@ def tested(said: Said, tests: Any, shown: tuple[str, ...], clean: Any) -> dict[s
 
 def row(found: dict[str, Any]) -> dict[str, Any]:
     p, truth, tile = found["p"], found["truth"], found["tile"]
-    # One place that trains, for that is what an evaluation asks for; predictions are there already.
-    label, group = torch.cat([truth[:1] * 0, truth]), torch.cat([tile[:1] * 0 - 1, tile])
-    samples = Samples(torch.zeros(len(label), 1), label, group, CLASSES)
-    evaluation = evaluate(samples, [([-1], tile.unique().tolist())], lambda _: p)
+    evaluation = of_predictions(Samples(torch.zeros(len(truth), 1), truth, tile, CLASSES), [p])
     scores = {name: evaluation.score(name) for name in ("accuracy", "balanced_accuracy", "macro_f1")}
     told: dict[str, Any] = {name: [round(x, 3) for x in (s.mean, s.low, s.high)] for name, s in scores.items()}
     wrong = (p.argmax(1) != truth).double()

@@ -262,6 +262,14 @@ def evaluate(
     return result
 
 
+def of_predictions(samples: Samples, predictions: Iterable[Tensor]) -> Evaluation:
+    """Scores of what was predicted elsewhere: of all samples, once or (by several seeds) several times, probabilities [n, class] or values [n]."""
+    result, every = Evaluation(samples.classes, samples.kind), torch.ones(len(samples), dtype=torch.bool)
+    for one in predictions:
+        _record(result, samples, every, one, None)
+    return result
+
+
 def _parts(samples: Samples, draw: Draw) -> list[Tensor]:
     """Which samples are of each part of the draw."""
     titles = ("training", "test", "validation")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,9 +65,7 @@ def build_encoder(recipe: Recipe, data: Sequence[Dataset]) -> Encoder:
             options = {**options, "modalities": _modalities(model.name, module, options, data)}
         encoder: Encoder = module.build(variant, **options)
     else:
-        encoder = weights.load(
-            found if (found := weights.located(model.weights)).is_file() else Path(model.weights), **model.options
-        )
+        encoder = weights.load(weights.located(model.weights), **model.options)
         if find("models", encoder.family)[0] is not module:
             raise RecipeError(
                 f"model.weights={model.weights} is of family {encoder.family!r}, model.name says {model.name!r}"

@@ -13,9 +13,8 @@ import pytest
 import rasterio
 import shapely
 import torch
-from typer.testing import CliRunner
+from command_line import everysat, fails
 
-from everysat import cli
 from everysat.cli.words import classes_of
 from everysat.models import georeset, weights
 from everysat.nn.gaussian import GaussianHead
@@ -28,25 +27,6 @@ RGB = {
 }  # fmt: skip
 WEST, NORTH, SIDE = 390_000, 5_820_000, 64
 PROMPTS = "forest,water|a lake,houses"
-
-
-def everysat(*arguments: Any) -> str:
-    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    if done.exception is not None:
-        raise done.exception
-    assert done.exit_code == 0
-    return done.output
-
-
-def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> str:
-    """The one line on standard error."""
-    monkeypatch.setattr("sys.argv", ["everysat", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
 
 
 def written(path: Path, image: np.ndarray, west: float = WEST) -> Path:

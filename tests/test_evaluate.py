@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from everysat.evaluate import HOW, Samples, evaluate, results_table
+from everysat.evaluate import HOW, Samples, evaluate, of_predictions, results_table
 from everysat.nn.probe import fit_linear
 from everysat.nn.scores import SCORES
 from everysat.table import Table
@@ -240,3 +240,19 @@ def test_a_draw_that_comes_twice_is_fitted_once(monkeypatch):
     assert len(found.counts) == len(found.groups) == len(found.confidence) == len(found.correct) == 3
     assert torch.equal(found.counts[0], found.counts[2])
     assert not torch.equal(found.confidence[0], found.confidence[1])
+
+
+def test_ready_predictions_score_as_those_of_a_function_do(generator) -> None:
+    label, group = torch.randint(3, (60,), generator=generator), torch.arange(60) // 5
+    said = [torch.rand(60, 3, generator=generator) for _ in range(2)]
+    samples = Samples(torch.zeros(60, 1), label, group, ("a", "b", "c"))
+    trained = Samples(
+        torch.zeros(61, 1), torch.cat([label[:1], label]), torch.cat([group[:1] - 1, group]), samples.classes
+    )
+    waiting = iter(said)
+    by_function = evaluate(trained, [([-1], list(range(12)))] * 2, lambda _: next(waiting))
+    ready = of_predictions(samples, said)
+    assert ready.score("macro_f1") == by_function.score("macro_f1")
+    assert ready.score("accuracy").values[0] == pytest.approx(float((said[0].argmax(1) == label).double().mean()))
+    with pytest.raises(ValueError, match="shape"):
+        of_predictions(samples, [said[0][:5]])

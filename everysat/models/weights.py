@@ -100,9 +100,8 @@ def load(
         ContractError: the file is not what its contract says, or the statistics do not fit the model. LookupError: no such model.
         FileNotFoundError: no such file.
     """
-    if not _is_file(name_or_path) and installed(str(name_or_path)).is_file():
-        name_or_path = installed(str(name_or_path))
-    if not _is_file(name_or_path):
+    path = located(name_or_path)
+    if not _is_file(name_or_path) and not path.is_file():
         module, variant = find("models", str(name_or_path))
         warnings.warn(
             f"{name_or_path} is built with random weights: none are installed under that name. Train it, load a weights file, or "
@@ -111,7 +110,7 @@ def load(
         )
         encoder: Encoder = module.build(variant, **changes)
     else:
-        encoder = _encoder(Path(name_or_path), *_read(Path(name_or_path)), changes)
+        encoder = _encoder(path, *_read(path), changes)
     return (encoder if statistics is None else normalised(encoder, statistics)).eval()
 
 

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
+from command_line import everysat, fails
 from made_store import NORTH, WEST, in_degrees, made_store, random_vectors, read_all
-from typer.testing import CliRunner
-
-from everysat import cli
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +21,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made_store(folder / "y23.zarr", random_vectors())
     made_store(folder / "y24.zarr", random_vectors(seed=1), period=("2024-01-01", "2025-01-01"))
     return folder
-
-
-def everysat(*arguments: Any) -> str:
-    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    if done.exception is not None:
-        raise done.exception
-    assert done.exit_code == 0
-    return done.output
-
-
-def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> str:
-    """The one line on standard error."""
-    monkeypatch.setattr("sys.argv", ["everysat", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
 
 
 def test_index_then_search(folder: Path, tmp_path: Path) -> None:
