@@ -87,7 +87,7 @@ def answers(questions: Sequence[str]) -> list[dict[str, Any]]:
             rows.append({
                 "place": f"{at[0]:.4f}, {at[1]:.4f}", "mapped there": mapped, "question": r.question,
                 "answer": r.said if r.sure or not r.observed else f"{r.answer}, not sure", "probability": f"{r.probability:.0%}",
-                "guess without the image": f"{r.guess} ({r.guess_probability:.0%})",
+                "without image": f"{r.guess} ({r.guess_probability:.0%})",
             })  # fmt: skip
     return rows
 
